@@ -1,0 +1,46 @@
+# vidgen: `make help` says what there is.
+.DEFAULT_GOAL := help
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+
+# One thread is many times faster than two for models as small as the shipped ones.
+export OMP_NUM_THREADS ?= 1
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+# PYTHON=/path/to/python3.12 chooses another interpreter
+PYTHON ?= $(firstword $(foreach p,python3 python3.14 python3.13 python3.12 python3.11,$(shell $(p) -c 'import sys; sys.version_info >= (3, 11) and print("$(p)")' 2>/dev/null)))
+
+.PHONY: help
+help: ## this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | while IFS=$$'\t' read -r name what; do printf '  make %-9s %s\n' "$$name" "$$what"; done
+
+$(READY): pyproject.toml
+	@[ -n "$(PYTHON)" ] || { echo "vidgen needs Python 3.11 or newer; found $$(python3 --version 2>&1 || echo none). Install one, then: make PYTHON=/path/to/python3.12 …"; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "$(PYTHON) is $$($(PYTHON) --version 2>&1); vidgen needs Python 3.11 or newer"; exit 1; }
+	@[ -x $(BIN)/python ] || { echo "making $(VENV) with $$($(PYTHON) --version)"; $(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo "$(PYTHON) can't make a virtual environment; on Debian and Ubuntu: apt install python3-venv"; exit 1; }; }
+	@echo "installing vidgen and its laboratory into $(VENV): PyTorch is large, allow some minutes (log: $(VENV)/install.log)"
+	@SECONDS=0; $(BIN)/python -m pip install --progress-bar off -e '.[lab,dev]' > $(VENV)/install.log 2>&1 \
+	  || { tail -n 15 $(VENV)/install.log; echo "the install failed; the whole log is $(VENV)/install.log. Disk full? PyTorch with CUDA takes about 6 GB."; exit 1; }; \
+	  echo "installed in $$SECONDS s"
+	@touch $@
+
+.PHONY: demo test lab export lint clean
+demo: $(READY) ## make .venv, install, and turn a prompt into a measured clip
+	@HF_HUB_OFFLINE=1 $(BIN)/vidgen sweep experiments/001_first_clip --preset cpu --force
+
+test: $(READY) ## everything CI checks (make test STEPS="lint pytest" runs some of it)
+	@HF_HUB_OFFLINE=1 $(BIN)/python tests/suite.py $(STEPS)
+
+lab: $(READY) ## JupyterLab on the notebooks
+	@$(BIN)/jupyter lab nbs/index.ipynb
+
+export: $(READY) ## notebooks -> cleaned notebooks, vidgen/*.py and README.md
+	@$(BIN)/python tests/suite.py --write
+
+clean: ## remove .venv, caches and builds; runs/ and artifacts/ stay
+	@rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache
+	@find . -name __pycache__ -type d -not -path './runs/*' -prune -exec rm -rf {} +
+	@echo "removed; your runs/ and artifacts/ are untouched"
