@@ -10,17 +10,19 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-# PYTHON=/path/to/python3.12 chooses another interpreter
-PYTHON ?= $(firstword $(foreach p,python3 python3.14 python3.13 python3.12 python3.11,$(shell $(p) -c 'import sys; sys.version_info >= (3, 11) and print("$(p)")' 2>/dev/null)))
+# PYTHON=/path/to/python3.12 chooses an interpreter; without it the first that is new enough
+PYTHON ?=
 
 .PHONY: help
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | while IFS=$$'\t' read -r name what; do printf '  make %-9s %s\n' "$$name" "$$what"; done
 
 $(READY): pyproject.toml
-	@[ -n "$(PYTHON)" ] || { echo "vidgen needs Python 3.11 or newer; found $$(python3 --version 2>&1 || echo none). Install one, then: make PYTHON=/path/to/python3.12 …"; exit 1; }
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "$(PYTHON) is $$($(PYTHON) --version 2>&1); vidgen needs Python 3.11 or newer"; exit 1; }
-	@[ -x $(BIN)/python ] || { echo "making $(VENV) with $$($(PYTHON) --version)"; $(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo "$(PYTHON) can't make a virtual environment; on Debian and Ubuntu: apt install python3-venv"; exit 1; }; }
+	@for python in $(or $(PYTHON),python3 python3.14 python3.13 python3.12 python3.11); do \
+	  if "$$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then found="$$python"; break; fi; done; \
+	[ -n "$${found:-}" ] || { echo "vidgen needs Python 3.11 or newer, and $(or $(PYTHON),python3) is $$($(or $(PYTHON),python3) --version 2>&1 | head -n 1 || true). Install one, then: make PYTHON=/path/to/python3.12 …"; exit 1; }; \
+	[ -x $(BIN)/python ] || { echo "making $(VENV) with $$("$$found" --version)"; "$$found" -m venv $(VENV) || \
+	  { rm -rf $(VENV); echo "$$found can't make a virtual environment; on Debian and Ubuntu: apt install python3-venv"; exit 1; }; }
 	@echo "installing vidgen and its laboratory into $(VENV): PyTorch is large, allow some minutes (log: $(VENV)/install.log)"
 	@SECONDS=0; $(BIN)/python -m pip install --progress-bar off -e '.[lab,dev]' > $(VENV)/install.log 2>&1 \
 	  || { tail -n 15 $(VENV)/install.log; echo "the install failed; the whole log is $(VENV)/install.log. Disk full? PyTorch with CUDA takes about 6 GB."; exit 1; }; \

@@ -13,7 +13,7 @@ import json
 import math
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from html import escape
@@ -115,7 +115,8 @@ def _write_mp4(target, frames_THWC: np.ndarray, fps: float, made: dict, crf: int
         raise ValueError(f"crf is the quality of H.264, 1 (best, largest) to 51, 18 looks lossless; not {crf}")
     with av.open(target, "w", format="mp4", options={"movflags": "faststart"} if isinstance(target, str) else {}) as container:
         container.metadata.update(title=str(made.get("prompt", "")), comment=_note(made, fps=fps, num_frames=num_frames))
-        stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(10_000), options={"crf": str(crf)})
+        small = {"x264-params": "mbtree=0"} if height * width < 2**15 else {}
+        stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(10_000), options={"crf": str(crf), **small})
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
         code = stream.codec_context
         code.color_range, code.colorspace, code.color_primaries, code.color_trc = 1, 1, 1, 1  # limited range, BT.709
@@ -272,7 +273,7 @@ def _load_picture(path: Path):
     except (OSError, SyntaxError, ValueError) as err:
         raise ValueError(f"{path} can't be used as a picture: {'PIL knows no such format' if 'cannot identify' in str(err) else err}") from err
 
-
+# %% ../nbs/01_clip.ipynb #437fc6d8
 def open_image(
     image,  # a path, a PIL image, or an array (H, W, 3), (H, W, 4) or (H, W) of uint8
 ):
@@ -325,13 +326,14 @@ def _label(text: str, width: int):
     "A line of text as a picture `width` pixels wide, shortened if need be."
     from PIL import Image, ImageDraw, ImageFont
 
+    text = text.translate({ord(c): plain for c, plain in zip("×·—–…", ("x", ",", "-", "-", "..."))})  # not in PIL's own font
     image, font, short = Image.new("RGB", (width, 18), "white"), ImageFont.load_default(size=12), text
-    while font.getlength(short) > width - 6 and len(short) > 1:
-        short = short[:-2].rstrip() + "…"
+    while font.getlength(short) > width - 6 and len(short) > 3:
+        short = short.removesuffix("...")[:-1].rstrip() + "..."
     ImageDraw.Draw(image).text((3, 2), short, fill=(60, 60, 60), font=font)
     return np.asarray(image)
 
-
+# %% ../nbs/01_clip.ipynb #2f0942ed
 def sheet(
     clips: Sequence["Clip"],              # one row each
     labels: Sequence[str] | None = None,  # a line of text above each row
@@ -380,28 +382,12 @@ def _html(clip: "Clip") -> str:
     return f'<figure style="margin:0">{show}<figcaption style="font-size:90%;opacity:.8">{escape(_caption(clip))}</figcaption></figure>'
 
 # %% ../nbs/01_clip.ipynb #153e4576
-def _levels(x_CTHW) -> np.ndarray:
-    "Floats (C, T, H, W) in [-1, 1], numpy or torch, as uint8 (T, H, W, C); a little over is cut. Errors: ValueError for NaN, wrong shape or range."
-    x_CTHW = x_CTHW.detach().float().cpu().numpy() if hasattr(x_CTHW, "detach") else np.asarray(x_CTHW)
-    if x_CTHW.dtype.kind != "f" or x_CTHW.ndim != 4 or x_CTHW.shape[0] != 3 or x_CTHW.size == 0:
-        raise ValueError(f"expected floats of shape (3, T, H, W), not {x_CTHW.dtype} {x_CTHW.shape}")
-    if not np.isfinite(x_CTHW).all():
-        raise ValueError(f"{(~np.isfinite(x_CTHW)).mean():.1%} of the values are NaN or infinite: the model broke down (fp16 overflows; try precision='fp32' or 'bf16')")
-    if np.abs(x_CTHW).max() > 10:
-        raise ValueError(f"values reach {np.abs(x_CTHW).max():.0f}; expected [-1, 1]. For 0..255: Clip(x.astype('uint8').transpose(1, 2, 3, 0))")
-    return ((x_CTHW / 2 + 0.5).clip(0, 1) * 255).round().astype(np.uint8).transpose(1, 2, 3, 0)
-
-
-_WRITERS = {".mp4": _write_mp4, ".gif": _write_gif, ".png": _write_png}
-_PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
-
-
 @dataclass(frozen=True, eq=False, repr=False)
-class Clip:
-    "Frames (T, H, W, 3) uint8, frames per second, and what made them. Errors: TypeError, ValueError for anything else."
-    frames: np.ndarray                       # (T, H, W, 3) uint8
-    fps: float = 8.0                         # frames per second
-    made: dict = field(default_factory=dict) # prompt, seed, model, …: plain values
+class _Frames:
+    "The value of a clip."
+    frames: np.ndarray                        # (T, H, W, 3) uint8
+    fps: float = 8.0                          # frames per second
+    made: dict = field(default_factory=dict)  # prompt, seed, model, …: plain values
 
     def __post_init__(self):
         _check_frames(self.frames)
@@ -413,11 +399,36 @@ class Clip:
     height = property(lambda self: self.frames.shape[1], doc="Pixels.")
     width = property(lambda self: self.frames.shape[2], doc="Pixels.")
     seconds = property(lambda self: self.num_frames / self.fps, doc="How long it plays.")
+    __len__ = lambda self: self.num_frames
+    __getitem__ = lambda self, i: self.frames[i]
+    __iter__ = lambda self: iter(self.frames)
+    __repr__ = lambda self: f"Clip({_caption(self)})"
 
     @property
     def hash(self) -> str:
         "SHA-256 of size and frames; the rate and what made it don't count."
         return hashlib.sha256(str(self.frames.shape).encode() + self.frames.tobytes()).hexdigest()
+
+# %% ../nbs/01_clip.ipynb #2aa9f644
+def _levels(x_CTHW) -> np.ndarray:
+    "Floats (3, T, H, W) in [-1, 1], numpy or torch, as uint8 (T, H, W, 3); a little over is cut. Errors: ValueError for NaN, wrong shape or range."
+    x_CTHW = x_CTHW.detach().float().cpu().numpy() if hasattr(x_CTHW, "detach") else np.asarray(x_CTHW)
+    if x_CTHW.dtype.kind != "f" or x_CTHW.ndim != 4 or x_CTHW.shape[0] != 3 or x_CTHW.size == 0:
+        raise ValueError(f"expected floats of shape (3, T, H, W), not {x_CTHW.dtype} {x_CTHW.shape}")
+    bad = ~np.isfinite(x_CTHW)
+    if bad.any():
+        raise ValueError(f"{bad.mean():.1%} of the values are NaN or infinite: the model broke down (fp16 overflows; try precision fp32 or bf16)")
+    if np.abs(x_CTHW).max() > 10:
+        raise ValueError(f"values reach {np.abs(x_CTHW).max():.0f}; expected [-1, 1]. For 0..255: Clip(x.astype('uint8').transpose(1, 2, 3, 0))")
+    return ((x_CTHW / 2 + 0.5).clip(0, 1) * 255).round().astype(np.uint8).transpose(1, 2, 3, 0)
+
+# %% ../nbs/01_clip.ipynb #4adcb634
+_WRITERS = {".mp4": _write_mp4, ".gif": _write_gif, ".png": _write_png}
+_PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+
+
+class Clip(_Frames):
+    "Clip(frames, fps=8, made={}): frames (T, H, W, 3) uint8, frames per second, and what made them. Errors: TypeError, ValueError for anything else."
 
     @classmethod
     def from_tensor(cls, x_CTHW, fps: float = 8.0, made: dict | None = None) -> "Clip":
@@ -449,18 +460,6 @@ class Clip:
             raise ValueError(f"a strip has at least one frame and one column, not n={n}, cols={cols}")
         picked = _spread(self.frames, n, _cell(self.height, self.width))
         return Image.fromarray(_tile(picked, min(cols or n, len(picked)), gap=2))
-
-    def __len__(self) -> int:
-        return self.num_frames
-
-    def __getitem__(self, i) -> np.ndarray:
-        return self.frames[i]
-
-    def __iter__(self) -> Iterator[np.ndarray]:
-        return iter(self.frames)
-
-    def __repr__(self) -> str:
-        return f"Clip({_caption(self)})"
 
     def _repr_html_(self) -> str:
         return _html(self)

@@ -40,8 +40,10 @@ def unknown(
         parts.append("nearest: " + ", ".join(near))
     if where:
         parts.append(f"all: {where}")
+    elif not options:
+        parts.append(f"there is no {kind} yet")
     elif len(options) <= 12 and set(near) != set(options):
-        parts.append("all: " + (", ".join(options) or f"there is no {kind} yet"))
+        parts.append("all: " + ", ".join(options))
     return ValueError("; ".join(parts))
 
 # %% ../nbs/08_errors.ipynb #7bc449ab

@@ -166,7 +166,7 @@ class _Bars:
                 self.painted.close()
                 self.painted = None
 
-
+# %% ../nbs/07_progress.ipynb #557b3084
 @contextmanager
 def bar(
     label: str = "",               # stands before each stage's name

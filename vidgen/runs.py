@@ -296,8 +296,9 @@ _runs_folder = root  # create() and find() have a parameter of that name
 class _Record:
     "A run folder and its manifest."
 
-    def __init__(self, path: Path, manifest: dict, trackers: list | None = None):
-        self.path, self.manifest, self._kinds, self._trackers, self._shown = Path(path), manifest, trackers, None, 0.0
+    def __init__(self, path: Path, manifest: dict, trackers: list | None = None, watch: bool = False):
+        self.path, self.manifest, self.watch = Path(path), manifest, watch
+        self._kinds, self._trackers, self._shown = trackers, None, 0.0
 
     @classmethod
     def create(cls, name: str, params: dict, *, root: Path | None = None, trackers: list | None = None) -> "Run":
@@ -311,13 +312,13 @@ class _Record:
         return run
 
     @classmethod
-    def open(cls, path: Path, *, trackers: list | None = None) -> "Run":
-        "The run in the folder `path`. Errors: FileNotFoundError when there is none, ValueError when its manifest can't be read."
+    def open(cls, path: Path, *, trackers: list | None = None, watch: bool = False) -> "Run":
+        "The run in the folder `path`; `watch` says that its work is done in another process. Errors: FileNotFoundError when there is none, ValueError when its manifest can't be read."
         file = Path(path) / "manifest.json"
         if not file.is_file():
             raise FileNotFoundError(f"{path} is not a run: it holds no manifest.json; vidgen.runs.find() lists the runs there are")
         try:
-            return cls(Path(path), json.loads(file.read_text()), trackers)
+            return cls(Path(path), json.loads(file.read_text()), trackers, watch)
         except ValueError as err:
             raise ValueError(f"{file} can't be read: {err}") from err
 
@@ -356,10 +357,10 @@ def _finite(row: dict) -> dict:
 
 def _cut_torn_line(file) -> None:
     "Cut what follows the last newline of a file opened for reading and appending."
-    size = file.seek(0, os.SEEK_END)
-    file.seek(max(0, size - 2**16))
-    tail = file.read()
-    file.truncate(size - (len(tail) - tail.rfind(b"\n") - 1))
+    file.seek(0)
+    data = file.read()
+    if not data.endswith(b"\n"):
+        file.truncate(data.rfind(b"\n") + 1)
 
 
 def _start_trackers(run: "Run", kinds: list | None) -> list[Tracker]:
@@ -453,6 +454,8 @@ class _Files(_Numbers):
         return path
 
     def _measure(self) -> None:
+        if self.watch:
+            return
         for key, value in peak_memory().items():
             self.manifest["peak_memory"][key] = max(value or 0, self.manifest["peak_memory"][key] or 0) or None
 

@@ -169,6 +169,32 @@ def find_file(
             return path
     return None
 
+# %% ../nbs/00_settings.ipynb #16c451a0
+def _from_file(path: Path) -> dict[str, tuple[Any, str]]:
+    "What the file says."
+    values = {}
+    ini = _parse(path)
+    for section in ini.sections():
+        if section not in SECTIONS:
+            raise ValueError(f"{path}: {unknown('section', section, SECTIONS)}")
+        for name, text in ini[section].items():
+            where = f"{path}: [{section}] {name}"
+            f = _field(section, name, str(path))
+            if "://" in text and urlsplit(text).password:
+                raise ValueError(f"{where} holds a password; give the whole value as VIDGEN_{section.upper()}_{name.upper()} in the environment instead")
+            values[f"{section}.{name}"] = _value(text, f, where), str(path)
+    return values
+
+
+def _from_environment(environ: Mapping[str, str]) -> dict[str, tuple[Any, str]]:
+    "What the variables VIDGEN_<SECTION>_<KEY> say."
+    values = {}
+    for variable, text in environ.items():
+        if variable.startswith("VIDGEN_") and not variable.startswith("VIDGEN_TEST_"):
+            section, _, name = variable.removeprefix("VIDGEN_").lower().partition("_")
+            values[f"{section}.{name}"] = _value(text, _field(section, name, f"environment variable {variable}"), variable), variable
+    return values
+
 # %% ../nbs/00_settings.ipynb #5e02490f
 @dataclass(frozen=True)
 class Settings:
@@ -203,33 +229,6 @@ class Settings:
     def model_folders(self) -> list[Path]:
         "The folders of `model.paths`, absolute and in order."
         return [self.folder(p.strip()) for p in self.model.paths.split(os.pathsep) if p.strip()]
-
-# %% ../nbs/00_settings.ipynb #e75174b6
-def _from_file(path: Path) -> dict[str, tuple[Any, str]]:
-    "What the file says."
-    values = {}
-    ini = _parse(path)
-    for section in ini.sections():
-        if section not in SECTIONS:
-            raise ValueError(f"{path}: {unknown('section', section, SECTIONS)}")
-        for name, text in ini[section].items():
-            where = f"{path}: [{section}] {name}"
-            f = _field(section, name, str(path))
-            if "://" in text and urlsplit(text).password:
-                raise ValueError(f"{where} holds a password; give the whole value as VIDGEN_{section.upper()}_{name.upper()} in the environment instead")
-            values[f"{section}.{name}"] = _value(text, f, where), str(path)
-    return values
-
-
-def _from_environment(environ: Mapping[str, str]) -> dict[str, tuple[Any, str]]:
-    "What the variables VIDGEN_<SECTION>_<KEY> say."
-    values = {}
-    for variable, text in environ.items():
-        if variable.startswith("VIDGEN_") and not variable.startswith("VIDGEN_TEST_"):
-            section, _, name = variable.removeprefix("VIDGEN_").lower().partition("_")
-            values[f"{section}.{name}"] = _value(text, _field(section, name, f"environment variable {variable}"), variable), variable
-    return values
-
 
 def _build(path: Path | None, *layers: dict[str, tuple[Any, str]]) -> Settings:
     "Settings from layers, the last one winning."

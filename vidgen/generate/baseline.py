@@ -111,7 +111,7 @@ def denoise(parts: Parts, batch: Batch, txt_BLD, uncond_BLD, image_B1CHW, genera
         watch.report("denoise", i + 1, steps)
     return z
 
-
+# %% ../../nbs/30_generate/32_baseline.ipynb #38a08b6e
 def run(parts: Parts, batch: Batch, watch: Watch) -> tuple:
     "(frames x [B, 3, F, H, W] in [-1, 1], warnings per clip). Seconds of text, image, denoise and decode go into `watch`."
     import torch
@@ -126,19 +126,18 @@ def run(parts: Parts, batch: Batch, watch: Watch) -> tuple:
                 image = family.encode_image(parts, batch.image_BCHW, generators)
         with watch.stage("denoise", batch.num_inference_steps):
             z = denoise(parts, batch, text.embeds_BLD, uncond.embeds_BLD, image, generators, watch)
-        with watch.stage("decode", len(batch.prompts)):
+        with watch.stage("decode"):
             x = decode(parts, z, batch.num_frames, watch)
     negative = [tuple(f"negative prompt: {n}" for n in notes) for notes in uncond.notes]
     return x, [a + b for a, b in zip(text.notes, negative, strict=True)]
 
 
 def decode(parts: Parts, z_BFCHW, num_frames: int, watch: Watch):
-    "Frames x [B, 3, F, H, W] on the CPU, one clip after the other: decoding is the peak of memory."
+    "Frames x [B, 3, F, H, W], brought to the CPU."
     import torch
 
-    clips = []
-    for i in range(len(z_BFCHW)):
+    clips, pace = [], 2 if parts.device == "cpu" else 1
+    for i in range(0, len(z_BFCHW), pace):
         watch.check()
-        clips.append(parts.family.decode(parts, z_BFCHW[i : i + 1], num_frames).cpu())
-        watch.report("decode", i + 1, len(z_BFCHW))
+        clips.append(parts.family.decode(parts, z_BFCHW[i : i + pace], num_frames).cpu())
     return torch.cat(clips)

@@ -8,6 +8,7 @@ __all__ = ['Schedule', 'SCHEDULES', 'guide', 'constant', 'rise', 'dynamic', 'dyn
 # %% ../../nbs/30_generate/31_guidance.ipynb #24c337bd
 import math
 from collections.abc import Callable
+from numbers import Real
 
 from ..errors import unknown
 
@@ -53,6 +54,6 @@ def schedule(name: str, scale: float) -> Schedule:
     "The schedule of that name; ValueError for an unknown name or a scale that is not a number from 0 up."
     if name not in SCHEDULES:
         raise unknown("guidance", name, SCHEDULES)
-    if isinstance(scale, bool) or not isinstance(scale, int | float) or not 0 <= scale < math.inf:
+    if isinstance(scale, bool) or not isinstance(scale, Real) or not 0 <= scale < math.inf:
         raise ValueError(f"guidance_scale={scale!r} must be a number from 0 up; 1 means no guidance, 3 to 7 are usual")
     return SCHEDULES[name](float(scale))

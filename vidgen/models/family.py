@@ -4,13 +4,16 @@
 
 # %% auto #0
 __all__ = ['FAMILIES', 'PRECISIONS', 'Family', 'family', 'Entry', 'Rules', 'Text', 'prompt_notes', 'unknown_words', 'Parts',
-           'dtype', 'read_json', 'read_index', 'read_configs', 'load_component', 'load_parts', 'stock', 'save_parts']
+           'dtype', 'read_json', 'read_index', 'read_configs', 'load_component', 'quiet', 'load_parts', 'stock',
+           'save_parts']
 
 # %% ../../nbs/20_models/21_family.ipynb #44595613
 import importlib
 import json
 from collections.abc import Callable
+from contextlib import contextmanager
 from dataclasses import dataclass
+from numbers import Integral
 from pathlib import Path
 
 from ..errors import CorruptWeights, unknown
@@ -81,7 +84,7 @@ class Rules:
     def check(self, num_frames: int, height: int, width: int) -> None:
         "ValueError with the nearest valid values if the model can't make this clip."
         for name, value in {"num_frames": num_frames, "height": height, "width": width}.items():
-            if isinstance(value, bool) or not isinstance(value, int):
+            if isinstance(value, bool) or not isinstance(value, Integral):
                 raise ValueError(f"{name} must be a whole number, not {value!r}")
         if num_frames not in self.frames:
             raise ValueError(f"num_frames={num_frames} can't be made; {self._offer(num_frames)}; all: {', '.join(map(str, self.frames))}")
@@ -218,19 +221,34 @@ def load_component(folder: Path, kind: tuple[str, str], torch_dtype):
         raise CorruptWeights(f"the weights in {folder} lack {len(lacking)} tensors, first {lacking[0]}: fetch them again")
     return part.eval().requires_grad_(False)
 
+# %% ../../nbs/20_models/21_family.ipynb #5a498455
+@contextmanager
+def quiet():
+    "No progress bars of transformers meanwhile: vidgen draws its own."
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
 
 def load_parts(family: Family, folder: Path, *, device: str = "cpu", precision: str = "fp32") -> Parts:
-    "Load a diffusers folder of `family`. The text encoder gets the same dtype as the rest, whatever its own config says."
+    "Load a diffusers folder of `family`, every component in one dtype on one device. ValueError for a pipeline of another family."
     pipeline, kinds = read_index(folder)
     if pipeline not in family.pipelines:
         raise ValueError(f"{folder} is a {pipeline or 'folder without a pipeline name'}; the family {family.name} loads {', '.join(family.pipelines)}")
-    components = {name: load_component(Path(folder) / name, kind, dtype(precision)) for name, kind in kinds.items()}
+    with quiet():
+        components = {name: load_component(Path(folder) / name, kind, dtype(precision)) for name, kind in kinds.items()}
     parts = Parts(family.name, components, pipeline=pipeline, device=device, precision=precision)
     for part in parts.modules().values():
         part.to(device)
     return parts
 
-# %% ../../nbs/20_models/21_family.ipynb #5a498455
+
 def stock(parts: Parts):
     "The stock diffusers pipeline over these very components (nothing is copied)."
     import diffusers
@@ -242,5 +260,6 @@ def stock(parts: Parts):
 
 def save_parts(parts: Parts, folder: Path) -> Path:
     "Write a checkpoint in diffusers layout, safetensors only."
-    stock(parts).save_pretrained(folder, safe_serialization=True)
+    with quiet():
+        stock(parts).save_pretrained(folder, safe_serialization=True)
     return Path(folder)
