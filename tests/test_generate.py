@@ -333,6 +333,17 @@ def test_settings_are_the_defaults(monkeypatch):
     assert generator().generate("a red circle", seed=1, num_inference_steps=1)[0].made["seed"] == 1
 
 
+def test_frames_beyond_black_and_white_are_cut_and_nan_is_refused():
+    gen = generator()
+    decoder = gen.parts.vae.decoder.conv_out.conv
+    decoder.weight.data *= 1000
+    frames = gen.generate("a red circle", num_inference_steps=1)[0].frames
+    assert (frames == 255).any() and (frames == 0).any()
+    decoder.weight.data[:] = float("nan")
+    with pytest.raises(ValueError, match="NaN"):
+        gen.generate("a red circle", num_inference_steps=1)
+
+
 def test_one_frame_is_a_picture(tmp_path):
     clip = generator().generate("a red circle", num_frames=1, num_inference_steps=2)[0]
     assert clip.num_frames == 1

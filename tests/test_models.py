@@ -41,7 +41,7 @@ def same_weights(a, b):
 
 
 @pytest.mark.parametrize("name", list(TRANSFORMERS))
-def test_every_variant_saves_loads_and_runs_as_plain_diffusers(name, tmp_path):
+def test_every_variant_saves_and_loads_as_plain_diffusers(name, tmp_path):
     from diffusers import DiffusionPipeline
 
     tiny = COG.tiny(name)
@@ -382,6 +382,17 @@ def test_large_vocabularies_know_no_unknown_words():
             return 32_100
 
     assert unknown_words(Large(), "whatever zebra") == []
+
+
+def test_capitals_are_read_in_lower_case_where_the_vocabulary_has_none():
+    from transformers import T5Tokenizer
+
+    parts = COG.tiny()
+    letters = [(c, -6.0) for c in "abcdefghijklmnopqrstuvwxyz"]
+    parts.components["tokenizer"] = T5Tokenizer(vocab=[("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0), *letters, ("▁red", -3.0)], extra_ids=0)
+    large, small = COG.encode_prompt(parts, ["RED"]), COG.encode_prompt(parts, ["red"])
+    assert torch.equal(large.embeds_BLD, small.embeds_BLD) and large.tokens == (2,) and large.notes == ((),)
+    assert not torch.equal(*(COG.encode_prompt(COG.tiny(), [p]).embeds_BLD for p in ("RED", "red")))
 
 
 def test_training_target_is_what_the_sampler_undoes():

@@ -69,15 +69,14 @@ def _click(target, name: str, entry: Command):
 
 
 class _Pairs(TyperCommand):
-    "A command whose options `-p` and `-g` take two words: `-p seed 3` is read as `-p seed=3`."
+    "A command whose options shown as `NAME VALUE` take two words: `-p seed 3` is read as `-p seed=3`."
 
     def parse_args(self, ctx, args: list[str]):
-        if self.name != "sweep":
-            return super().parse_args(ctx, args)
+        pairs = {flag for p in self.params if str(p.metavar).startswith("NAME ") for flag in p.opts}
         joined, rest = [], list(args)
         while rest:
             joined.append(rest.pop(0))
-            if joined[-1] in ("-p", "--param", "-g", "--grid") and rest:
+            if joined[-1] in pairs and rest:
                 word = rest.pop(0)
                 joined.append(word if "=" in word or not rest else f"{word}={rest.pop(0)}")
         return super().parse_args(ctx, joined)
@@ -196,7 +195,7 @@ def main(
 
 def _wrong_option(err) -> int:
     where = getattr(getattr(err, "ctx", None), "command_path", "vidgen")
-    say("error", f"{err.format_message()} All options: {where} --help")
+    say("error", f"{err.format_message().rstrip('.')}. All options: {where} --help")
     return 2
 
 # %% ../nbs/05_cli.ipynb #991c67c2

@@ -69,14 +69,18 @@ def python() -> Iterator[Finding]:
     yield Finding("python", "ok" if ok else "broken", text, "" if ok else "make PYTHON=/path/to/python3.12 demo")
 
 
-def packages() -> Iterator[Finding]:
-    "What the base install needs, version against range."
-    for need in _requirements():
-        if need.marker is None:
-            have = _installed(need.name)
-            fits = have is not None and need.specifier.contains(have, prereleases=True)
-            text = f"{have or 'not installed'}" + ("" if fits else f", wanted {need.specifier}")
-            yield Finding(need.name, "ok" if fits else "broken", text, "" if fits else f"pip install '{need}'")
+def packages(
+    needs: Iterable | None = None,  # packaging Requirements; None: those of vidgen's base install
+) -> Iterator[Finding]:
+    "Version against range: one line for all that fit, one for each that does not."
+    fitting = []
+    for need in needs or (r for r in _requirements() if r.marker is None):
+        have = _installed(need.name)
+        if have is not None and need.specifier.contains(have, prereleases=True):
+            fitting.append(f"{need.name} {have} ({need.specifier})" if need.specifier else f"{need.name} {have}")
+        else:
+            yield Finding(need.name, "broken", f"{have or 'not installed'}, wanted {need.specifier or 'any version'}", f"pip install '{need}'")
+    yield Finding("packages", "ok", f"{len(fitting)} fit: {', '.join(fitting)}")
 
 # %% ../nbs/09_doctor.ipynb #0c528340
 def extras() -> Iterator[Finding]:

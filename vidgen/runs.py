@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TRACKERS', 'ENDS', 'project_root', 'root', 'params_hash', 'environment', 'peak_memory', 'seed_everything', 'Tracker',
-           'CSV', 'Wandb', 'MLflow', 'Run', 'find']
+           'CSV', 'Wandb', 'MLflow', 'Run', 'find', 'publish']
 
 # %% ../nbs/02_runs.ipynb #56cf2304
 import errno
@@ -522,3 +522,16 @@ def find(
         if name in ("", run.name) and status in (None, run.status) and all(k in run.params and run.params[k] == v for k, v in _plain(params).items()):
             found.append(run)
     return sorted(found, key=lambda run: (run.manifest["started"], run.path.name))
+
+# %% ../nbs/02_runs.ipynb #888a41bd
+_PUBLISHED = ("status", "started", "seconds", "params", "environment", "stages", "peak_memory", "model_hash", "data_hash", "result")
+
+
+def publish(run: Run, folder: Path | str | None = None) -> Path:
+    "Write `<experiment>.json` with the run's facts and results; default folder `reports/data`. Errors: ValueError unless the run succeeded."
+    if run.status != "succeeded":
+        raise ValueError(f"{run.path.name} is {run.status}; only a run that succeeded can be published")
+    facts = {"experiment": run.name, "run": run.path.name} | {k: run.manifest[k] for k in _PUBLISHED if k in run.manifest}
+    path = Path(folder or project_root() / "reports" / "data") / f"{run.name}.json"
+    _write(path, json.dumps(facts, indent=1, ensure_ascii=False) + "\n")
+    return path

@@ -236,6 +236,40 @@ def from_text(experiment: str | Path, **texts: str) -> dict:
     return values
 
 # %% ../nbs/03_sweeps.ipynb #4cdc5950
+@contextmanager
+def _kernel(log: Path) -> Iterator[tuple]:
+    "A manager for a kernel of this interpreter, and the options to start it with; what it says outside of cells goes to `log`."
+    from jupyter_client.kernelspec import KernelSpec
+    from jupyter_client.manager import AsyncKernelManager
+
+    with tempfile.TemporaryDirectory() as folder, log.open("wb") as out:
+        kernel = AsyncKernelManager(kernel_name="python3", connection_file=f"{folder}/kernel.json", transport="ipc", ip=f"{folder}/ipc")
+        argv = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}", "--log-level=ERROR"]
+        kernel._kernel_spec = KernelSpec(argv=argv, display_name="python3", language="python")
+        yield kernel, {"cwd": str(project_root()), "env": {**os.environ, "IPYTHONDIR": folder}, "stdout": out, "stderr": out}
+    if not log.stat().st_size:
+        log.unlink()
+
+
+def _papermill():
+    "papermill with our engine, which says where it is and runs in our kernel."
+    import papermill
+    from papermill.clientwrap import PapermillNotebookClient
+    from papermill.engines import NBClientEngine, papermill_engines
+
+    class Engine(NBClientEngine):
+        @classmethod
+        def execute_managed_notebook(cls, nb_man, kernel_name, *, job, **kwargs):
+            start = nb_man.cell_start
+            nb_man.cell_start = lambda cell, cell_index=None, **kw: (job.at(nb_man.nb.cells, cell_index), start(cell, cell_index, **kw))
+            with _kernel(job.run.path / "kernel.log") as (job.kernel, options):
+                PapermillNotebookClient(nb_man, km=job.kernel, timeout=None, startup_timeout=120).execute(cleanup_kc=True, **options)
+
+    papermill_engines.register("vidgen", Engine)
+    logging.getLogger("papermill").setLevel(logging.ERROR)  # it doesn't understand `str | None` and would say so
+    return papermill
+
+# %% ../nbs/03_sweeps.ipynb #0f172ae4
 class _Job:
     "A notebook being executed into a run folder."
 
@@ -246,48 +280,17 @@ class _Job:
         threading.Thread(target=self._work, name=f"papermill {run.path.name}", daemon=True).start()
 
     def _work(self) -> None:
-        import papermill
-
-        self._register(papermill.engines.papermill_engines)
-        logging.getLogger("papermill").setLevel(logging.ERROR)  # it doesn't understand `str | None` and would say so
         plain = [str(p).replace("{", "{{").replace("}", "}}") for p in (self.path, self.run.path / "run.ipynb")]  # papermill formats paths
         try:
-            papermill.execute_notebook(*plain, parameters={**self.values, "run_dir": str(self.run.path)}, engine_name="vidgen", kernel_name="python3",
-                                       language="python", progress_bar=False, job=self)
+            _papermill().execute_notebook(*plain, parameters={**self.values, "run_dir": str(self.run.path)}, engine_name="vidgen", kernel_name="python3",
+                                          language="python", progress_bar=False, job=self)
         except BaseException as err:
             self.error = err
         finally:
             self.over.set()
 
-    def _register(self, engines) -> None:
-        from papermill.clientwrap import PapermillNotebookClient
-        from papermill.engines import NBClientEngine
-
-        class Engine(NBClientEngine):
-            @classmethod
-            def execute_managed_notebook(cls, nb_man, kernel_name, *, job, **kwargs):
-                start = nb_man.cell_start
-                nb_man.cell_start = lambda cell, cell_index=None, **kw: (job._at(nb_man.nb.cells, cell_index), start(cell, cell_index, **kw))
-                with job._kernel() as (job.kernel, options):
-                    PapermillNotebookClient(nb_man, km=job.kernel, timeout=None, startup_timeout=120).execute(cleanup_kc=True, **options)
-
-        engines.register("vidgen", Engine)
-
-    @contextmanager
-    def _kernel(self) -> Iterator[tuple]:
-        from jupyter_client.kernelspec import KernelSpec
-        from jupyter_client.manager import AsyncKernelManager
-
-        log = self.run.path / "kernel.log"
-        with tempfile.TemporaryDirectory() as folder, log.open("wb") as out:
-            kernel = AsyncKernelManager(kernel_name="python3", connection_file=f"{folder}/kernel.json", transport="ipc", ip=f"{folder}/ipc")
-            argv = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}", "--log-level=ERROR"]
-            kernel._kernel_spec = KernelSpec(argv=argv, display_name="python3", language="python")
-            yield kernel, {"cwd": str(project_root()), "env": {**os.environ, "IPYTHONDIR": folder}, "stdout": out, "stderr": out}
-        if not log.stat().st_size:
-            log.unlink()
-
-    def _at(self, cells: list, index: int) -> None:
+    def at(self, cells: list, index: int) -> None:
+        "The cell that starts now. Errors: Canceled when no other shall start."
         if self.stopping:
             raise Canceled
         heads = [line.lstrip("# ") for c in cells[: index + 1] if c.cell_type == "markdown" for line in c.source.splitlines() if line.startswith("#")]
@@ -376,6 +379,7 @@ def run(
         with bar(name) if progress is None else nullcontext(progress) as show:
             _watch(job, show, cancel)
     except (KeyboardInterrupt, Canceled) as err:
+        err.add_note(f"the run {job.run.path.name} is marked as canceled")
         try:
             job.stop()
         finally:
@@ -437,6 +441,15 @@ def _sweep_file(path: Path) -> dict:
     return yaml.safe_load(file.read_text())
 
 # %% ../nbs/03_sweeps.ipynb #909143da
+def _from_shell(path: Path, given: Sequence, over: Sequence, sweep: bool, **options) -> list[Run]:
+    "The run or the grid that the texts ask for."
+    fixed = from_text(path, **dict(given))
+    if not over and not sweep:
+        return [run(path, **options, **fixed)]
+    lists = {name: [from_text(path, **{name: text.strip()})[name] for text in texts.split(",")] for name, texts in over}
+    return grid(path, **options, **{**(_sweep_file(path) if sweep else {}), **{name: [value] for name, value in fixed.items()}, **lists})
+
+
 def command(
     experiment: str,                                  # name, folder or notebook
     given: Sequence[tuple[str, str]] = (),            # -p name value
@@ -447,20 +460,14 @@ def command(
     sweep: bool = False,                              # --sweep: the grid of sweep.yaml
 ) -> int:
     "Run an experiment or a grid from texts, print what came out, and return the exit status."
+    start = time.time()
     try:
-        path = notebook(experiment)
-        fixed = from_text(path, **dict(given))
-        lists = {name: [from_text(path, **{name: text.strip()})[name] for text in texts.split(",")] for name, texts in over}
-        start = time.time()
-        if over or sweep:
-            runs = grid(path, preset=preset, force=force, **{**(_sweep_file(path) if sweep else {}), **{k: [v] for k, v in fixed.items()}, **lists})
-        else:
-            runs = [run(path, preset=preset, force=force, **fixed)]
+        runs = _from_shell(notebook(experiment), given, over, sweep, preset=preset, force=force)
     except Failed as err:
         runs = [err.run]
         print(err, file=sys.stderr)
-    except (KeyboardInterrupt, Canceled):
-        print("stopped; the run is marked as canceled", file=sys.stderr)
+    except (KeyboardInterrupt, Canceled) as err:
+        print("; ".join(["stopped", *getattr(err, "__notes__", [])]), file=sys.stderr)
         return 130
     except (ValueError, TypeError, OSError, ImportError) as err:
         print(f"error: {err}", file=sys.stderr)

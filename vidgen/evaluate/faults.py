@@ -160,6 +160,11 @@ def _turn(picture: np.ndarray, zoom: float = 0.0, degrees: float = 0.0) -> np.nd
     return np.stack(views)
 
 # %% ../../nbs/60_evaluate/62_faults.ipynb #8d39f74b
+def _ease(share: np.ndarray) -> np.ndarray:
+    "0..1 to 0..1, starting and ending at rest (cubic)."
+    return np.where(share < 0.5, 4 * share**3, 1 - 4 * (1 - share) ** 3)
+
+
 def _object(picture: np.ndarray, thing: np.ndarray, places) -> np.ndarray:
     "A square of another texture, pasted at x, y in each frame."
     frames = _pan(picture, np.zeros(len(places)))
@@ -196,7 +201,7 @@ _FAULT = lambda base, kind, amount: lambda p, q, rng: FAULTS[kind][0](base(p), a
 _OK: dict[str, Callable] = {  # a picture, another one, random numbers -> frames
     "static": lambda p, q, rng: _STILL(p), "black": lambda p, q, rng: 0 * _STILL(p), "noise 2": _FAULT(_STILL, "noise", 2.0),
     "pan 1": lambda p, q, rng: _pan(p, _t), "pan 3": lambda p, q, rng: _pan(p, 3 * _t), "pan 6": lambda p, q, rng: _pan(p, 6 * _t), "pan 12": lambda p, q, rng: _pan(p, 12 * _t),
-    "accelerating pan": lambda p, q, rng: _pan(p, _t**2 / 4), "ease pan": lambda p, q, rng: _pan(p, 40 - 40 * np.cos(np.pi * _t / (_LENGTH - 1))),
+    "accelerating pan": lambda p, q, rng: _pan(p, _t**2 / 4), "ease pan": lambda p, q, rng: _pan(p, 40 * _ease(_t / (_LENGTH - 1))),
     "zoom 1 %": lambda p, q, rng: _turn(p, 0.01), "zoom 3 %": lambda p, q, rng: _turn(p, 0.03), "rotation": lambda p, q, rng: _turn(p, degrees=1.0),
     "object 3": lambda p, q, rng: _object(p, q, [(40 + 3 * t, 55) for t in _t]), "object 7": lambda p, q, rng: _object(p, q, [(40 + 7 * t, 55) for t in _t]),
     "freeze": _FAULT(lambda p: _pan(p, 3 * _t), "freeze", 0.5),

@@ -160,7 +160,7 @@ def measure(
     *,
     world: bool = True,   # is this a clip of moving shapes?
 ) -> dict:
-    "`stability`, `dynamic_degree`, `verdict`, and for the world `seen`, `as_asked` (None when the prompt names no attribute) and `wrong` (the attributes that differ)."
+    "`stability`, `dynamic_degree`, `verdict`; for the world also what was `seen`, is it `as_asked` (None when the prompt names no attribute), and what is `wrong`."
     from vidgen.evaluate.flow import temporal_stability
 
     flow = temporal_stability(clip, engine=settings.get().evaluate.flow_engine)
@@ -169,26 +169,28 @@ def measure(
 
 
 def _seen(clip: Clip) -> dict:
-    from vidgen.world import matches, read
+    from vidgen.world import ATTRIBUTES, matches, read
 
     reading = read(clip)
+    seen = {k: getattr(reading, k) for k in ATTRIBUTES} if reading.seen else None
     try:
         right = matches(reading, clip.made.get("prompt", ""))
     except ValueError:
         right = None
-    return {"seen": str(reading), "as_asked": right and all(right.values()), "wrong": [k for k, ok in (right or {}).items() if not ok]}
+    return {"seen": seen, "as_asked": right and all(right.values()), "wrong": [k for k, ok in (right or {}).items() if not ok]}
 
 # %% ../../nbs/30_generate/39_command.ipynb #9390136e
 def describe(fact: dict) -> list[tuple[str, str]]:
     "Rows (what, text) of one clip's facts."
     rows = [("seed", str(fact["seed"]))]
     if "seen" in fact:
-        judged = {None: "", True: " (as asked)", False: f" (asked for another {', '.join(fact['wrong'])})"}[fact["as_asked"]]
-        rows.append(("seen", fact["seen"] + judged))
+        seen = ", ".join(f"{k} {v or 'unclear'}" for k, v in fact["seen"].items()) if fact["seen"] else "nothing"
+        rows.append(("seen", seen + {None: "", True: ": as asked", False: f": not the {', '.join(fact['wrong'])} that was asked for"}[fact["as_asked"]]))
     if "verdict" in fact:
-        score = fact["reason"] if fact["stability"] is None else f"{fact['stability']:.2f}, {fact['verdict']}"
-        moves = "" if fact["dynamic_degree"] is None else f", dynamic degree {fact['dynamic_degree']:.2f}"
-        rows.append(("stability", score + moves))
+        score = "" if fact["stability"] is None else f"{fact['stability']:.2f}, "
+        rows.append(("stability", score + fact["verdict"] + (f" ({fact['reason']})" if fact["reason"] else "")))
+    if fact.get("dynamic_degree") is not None:
+        rows.append(("dynamics", f"dynamic degree {100 * fact['dynamic_degree']:.2g} % of the short side per frame"))
     return rows
 
 

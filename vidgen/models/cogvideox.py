@@ -13,7 +13,7 @@ import string
 from dataclasses import replace
 
 from ..errors import unknown
-from .family import Entry, Family, Parts, Rules, Text, prompt_notes
+from .family import Entry, Family, Parts, Rules, Text, prompt_notes, spelled
 
 # %% ../../nbs/20_models/23_cogvideox.ipynb #ae5afe4f
 _APACHE, _COG = "Apache-2.0", "CogVideoX LICENSE"
@@ -150,6 +150,7 @@ def encode_prompt(parts: Parts, prompts: list[str]) -> Text:
     import torch
 
     limit = parts.transformer.config.max_text_seq_length
+    prompts = [spelled(parts.tokenizer, p) for p in prompts]
     tokens, notes = zip(*(prompt_notes(parts.tokenizer, p, limit) for p in prompts), strict=True)
     made = {}
     with torch.no_grad():
@@ -195,7 +196,7 @@ def decode(parts: Parts, z_BFCHW, num_frames: int):
     "Latents -> frames in [-1, 1], [B, 3, F, H, W], float32. Latent frames that only fill up a pair stand in front and are dropped."
     keep = (num_frames - 1) // parts.vae.config.temporal_compression_ratio + 1
     z = 1 / parts.vae.config.scaling_factor * z_BFCHW[:, -keep:].permute(0, 2, 1, 3, 4)
-    return twins(lambda y: parts.vae.decode(y).sample, z.to(parts.dtype), 2**15).float()
+    return twins(lambda y: parts.vae.decode(y).sample, z.to(parts.dtype), 2**15).float().clamp(-1, 1)
 
 # %% ../../nbs/20_models/23_cogvideox.ipynb #fb2978a6
 class Sampler:

@@ -56,6 +56,7 @@ class State:
     config: TrainConfig
     step: int = 0
     seconds: float = 0.0         # spent in the loop, over all its parts
+    curve: list = field(default_factory=list)  # [step, mean loss since the last point]
     params: dict = field(default_factory=dict)
     ema: dict = field(default_factory=dict)
     optimizer: torch.optim.Optimizer | None = None
@@ -89,7 +90,8 @@ def save_state(state: State, path: Path):
     for name, p in state.params.items():
         tensors |= {f"model.{name}": p.detach(), f"ema.{name}": state.ema[name]}
         tensors |= {f"optimizer.{name}.{k}": v for k, v in state.optimizer.state.get(p, {}).items()}
-    meta = {"step": str(state.step), "seconds": f"{state.seconds:.1f}", "config": json.dumps(asdict(state.config))}
+    meta = {"step": state.step, "seconds": round(state.seconds, 1), "curve": state.curve, "config": asdict(state.config)}
+    meta = {k: json.dumps(v) for k, v in meta.items()}
     atomic_write(Path(path), save({k: v.contiguous().cpu() for k, v in tensors.items()}, metadata=meta))
 
 
@@ -108,7 +110,7 @@ def load_state(state: State, path: Path) -> State:
                 state.optimizer.state[p] = {k: v if k == "step" else v.to(p.device) for k, v in memory.items()}
     except Exception as err:
         raise CorruptWeights(f"{path} can't be resumed from: {err}. Delete it to start this stage afresh.") from err
-    state.step, state.seconds = int(meta["step"]), float(meta.get("seconds", 0))
+    state.step, state.seconds, state.curve = (json.loads(meta[k]) for k in ("step", "seconds", "curve"))
     return state
 
 # %% ../../nbs/50_train/51_loop.ipynb #0344b7de
@@ -161,7 +163,8 @@ def fit(
         update(state)
         total, state.seconds = total + value.item(), time.monotonic() - began
         if state.step % config.log_every == 0 or state.step == config.steps:
-            record(state, run, stage, progress, loss=total / ((state.step - 1) % config.log_every + 1), grad_norm=norm, seconds=state.seconds)
+            state.curve.append([state.step, round(total / ((state.step - 1) % config.log_every + 1), 5)])
+            record(state, run, stage, progress, loss=state.curve[-1][1], grad_norm=norm, seconds=state.seconds)
             total = 0.0
         if state.step % config.save_every == 0 or state.step == config.steps or (cancel and cancel.canceled):
             save_state(state, path)

@@ -424,8 +424,8 @@ def _crop(clip: Clip, share: float) -> np.ndarray:
 
 
 DAMAGES = {
-    "h264": (_h264, "constant rate factor of H.264"), "blur": (_blur, "sigma of a Gaussian, pixels"), "noise": (_noise, "standard deviation, grey levels"),
-    "crop": (_crop, "cut from each side, heights"), "shrink": (lambda clip, f: shrink(clip.frames, height=round(clip.height / f)), "times smaller, 1.5 or more"),
+    "h264": (_h264, "constant rate factor"), "blur": (_blur, "sigma, pixels"), "noise": (_noise, "sd, grey levels"),
+    "crop": (_crop, "heights, each side"), "shrink": (lambda clip, f: shrink(clip.frames, height=round(clip.height / f)), "times smaller, over 1.5"),
     "gamma": (lambda clip, g: 255 * (clip.frames / 255) ** g, "exponent"),
 }
 
