@@ -109,7 +109,7 @@ def test_smoke_a_clip_is_made_measured_and_on_record(vidgen, lab):
     assert "seen" not in out
     run, = runs.find("generate")
     assert run.status == "succeeded" and run.params["prompt"] == RED and run.params["seed"] == 7 and len(run.manifest["model_hash"]) == 64
-    assert run.manifest["result"]["clips"][0]["hash"] == _again(vidgen, lab) and set(run.manifest["stages"]) >= {"load", "text", "denoise", "decode", "encode"}
+    assert run.manifest["result"]["hash"] == _again(vidgen, lab) and set(run.manifest["stages"]) >= {"load", "text", "denoise", "decode", "encode"}
 
 
 def _again(vidgen, lab):
@@ -118,7 +118,7 @@ def _again(vidgen, lab):
     result = json.loads(out)
     assert status == 0 and result["run"] is None and len(runs.find("generate")) == 1
     assert result["clips"][0]["path"] == "a-red-circle-moving-right-on-a-white-background-7.mp4"
-    return result["clips"][0]["hash"]
+    return [clip["hash"] for clip in result["clips"]]
 
 
 def test_several_clips_another_rate_and_names_that_are_free(vidgen):
@@ -174,6 +174,8 @@ WRONG = {
     "schedule": (["--guidance-schedule", "dynamc"], "nearest: dynamic"),
     "rate": (["--fps", "0"], "--fps 0"),
     "clips": (["--num-videos", "0"], "--num-videos 0"),
+    "precision": (["--precision", "fp64"], "unknown precision 'fp64'; nearest: fp16"),
+    "device": (["--device", "tpu"], "all: auto, cpu, cuda"),
     "unknown model": (["--model", "cogvideo-2b"], "nearest: cogvideox-2b"),
     "no such folder": (["--model", "./nowhere/model"], "nowhere/model"),
     "unknown option": (["--stpes", "3"], "--steps"),
@@ -217,7 +219,7 @@ def test_a_file_that_is_there_stays(vidgen):
     Path("a.mp4").write_text("precious")
     status, _, err = vidgen("generate", RED, "--steps", 1, "--out", "a.mp4")
     assert status == 2 and "--overwrite" in err and Path("a.mp4").read_text() == "precious" and not runs.find()
-    assert vidgen("generate", RED, "--steps", 1, "--out", "a.mp4", "--overwrite")[0] == 0 and Clip.open("a.mp4").num_frames == 17
+    assert vidgen("generate", RED, "--steps", 1, "--out", "a.mp4", "--overwrite")[0] == 0 and Clip.open("a.mp4").num_frames > 1
 
 
 def test_a_long_prompt_is_cut_and_strange_words_are_named(vidgen):
@@ -227,7 +229,7 @@ def test_a_long_prompt_is_cut_and_strange_words_are_named(vidgen):
     assert "the prompt has" in note and "are left out" in note
 
 
-@pytest.mark.parametrize(("more", "says"), [(["--precision", "fp64"], "fp16"), (["--device", "cuda:7"], "cuda"), (["--device", "tpu"], "tpu"), (["--steps", "5000"], "1000")])
+@pytest.mark.parametrize(("more", "says"), [(["--device", "cuda:7"], "cuda"), (["--steps", "5000"], "1000")])
 def test_what_only_the_loaded_model_knows(vidgen, more, says):
     status, out, err = vidgen("generate", RED, "--out", "a.mp4", *more)
     assert status == 2 and says in err and not out and not made() and runs.find()[0].status == "failed"
@@ -238,7 +240,7 @@ def test_what_only_the_loaded_model_knows(vidgen, more, says):
 def test_a_model_that_cannot_fit_is_refused_until_forced(vidgen, monkeypatch):
     monkeypatch.setattr(plan, "free_memory", lambda device: 10_000)
     status, _, err = vidgen("generate", RED, "--steps", 1, "--out", "a.mp4")
-    assert status == 1 and "does not fit" in err and "GiB needed" in err and "--force" in err and "force=True" not in err and not made()
+    assert status == 1 and "does not fit" in err and "needed on cpu" in err and "--force" in err and "force=True" not in err and not made()
     assert runs.find()[0].status == "failed"
     assert vidgen("generate", RED, "--steps", 1, "--out", "a.mp4", "--force")[0] == 0
 
@@ -277,7 +279,7 @@ def small_files():
 
 
 @pytest.mark.parametrize("name", ["a.mp4", "a.gif", "a.png"])
-def test_a_film_that_cannot_be_written_leaves_nothing(vidgen, small_files, name, capfd):
+def test_a_film_that_cannot_be_written_leaves_nothing(vidgen, small_files, name):
     small_files()
     status, out, err = vidgen("generate", RED, "--steps", 1, "--out", name, "--no-run")
     assert status == 1 and "stability" not in out and not made() and name in err, err
@@ -327,7 +329,7 @@ def start(*args, **env):
                             env={**os.environ, "OMP_NUM_THREADS": "1", **env}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-@pytest.mark.parametrize(("sign", "when"), [(signal.SIGINT, "loading"), (signal.SIGINT, "denoising"), (signal.SIGTERM, "denoising")])
+@pytest.mark.parametrize(("sign", "when"), [(signal.SIGTERM, "loading"), (signal.SIGINT, "denoising")])
 def test_a_real_signal_leaves_a_canceled_run_and_no_film(lab, sign, when):
     process = start("generate", RED, "--steps", 900, "--out", "a.mp4")
     until = time.monotonic() + 60
@@ -371,7 +373,7 @@ def test_out_of_memory_says_what_needs_less(vidgen, monkeypatch):
 
 def test_models_as_text_and_json(vidgen):
     status, out, _ = vidgen("models")
-    assert status == 0 and "shapes-t2v" in out and "tiny-t2v" in out
+    assert status == 0 and "shapes-t2v" in out and "tiny-t2v" in out and "hf download zai-org/CogVideoX-5b" in out
     rows = json.loads(vidgen("models", "--json")[1])
     assert {"tiny-t2v", "cogvideox-5b"} <= {r["name"] for r in rows}
 
@@ -384,6 +386,10 @@ def test_runs_are_listed_latest_first(vidgen):
         time.sleep(0.01)
     status, out, _ = vidgen("runs", "lamp", "-n", 2, "--json")
     assert status == 0 and [r["result"] for r in json.loads(out)] == ["light 2", "light 1"]
+    with runs.Run.create("clip", {}) as run:
+        run.finish(path=["a.mp4"], stability=[0.98765], as_asked=[None], hash=["f" * 200])
+    out = vidgen("runs", "clip")[1]
+    assert "path a.mp4, stability 0.988, hash fff" in out and "…" in out and "None" not in out
     assert vidgen("runs", "--status", "canceld")[0] == 2 and "canceled" in vidgen("runs", "--status", "canceld")[2]
 
 

@@ -111,6 +111,8 @@ def test_shipped_models_equal_the_stock_pipeline(name):
     b = pipe(prompt=prompt, num_frames=e.num_frames, height=e.height, width=e.width, num_inference_steps=5, guidance_scale=e.guidance_scale, output_type="np",
              generator=torch.Generator().manual_seed(7), max_sequence_length=gen.parts.transformer.config.max_text_seq_length, **more).frames[0]
     assert np.abs(clip.frames / 255 - b).max() < 1.5 / 255
+    pair = gen.generate(["a blue star moving up on a black background", prompt], image, seed=[3, 7], num_inference_steps=5)
+    assert np.abs(pair[1].frames.astype(int) - clip.frames).max() <= 1
 
 
 @pytest.mark.parametrize("name", ["cogvideox-2b", "cogvideox-5b", "cogvideox-5b-i2v"])

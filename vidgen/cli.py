@@ -7,9 +7,9 @@ __all__ = ['COMMANDS', 'Command', 'find', 'explain', 'say', 'app', 'main', 'mode
 
 # %% ../nbs/05_cli.ipynb #e30cdfb0
 import json
-import os
 import signal
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
@@ -149,6 +149,16 @@ def _interrupts() -> Iterator[None]:
             signal.signal(number, handler)
 
 
+@contextmanager
+def _warnings() -> Iterator[None]:
+    "vidgen's own warnings are one yellow sentence; those of the libraries are left out."
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        warnings.filterwarnings("always", category=UserWarning, module=r"vidgen\b")
+        warnings.showwarning = lambda message, *_, **__: say("note", str(message), colour="yellow")
+        yield
+
+
 def app() -> TyperGroup:
     "The click group behind `vidgen`."
     top = typer.Typer(cls=_Group, rich_markup_mode="rich", add_completion=True)
@@ -178,7 +188,7 @@ def main(
     args = list(sys.argv[1:] if args is None else args)
     debug = "--debug" in args
     try:
-        with _interrupts():
+        with _interrupts(), _warnings():
             return app()([a for a in args if a != "--debug"] or ["--help"], prog_name="vidgen", standalone_mode=False) or 0
     except (KeyboardInterrupt, typer.Abort):
         say("stopped", "nothing was kept", colour="yellow")
@@ -200,23 +210,10 @@ def _wrong_option(err) -> int:
 
 # %% ../nbs/05_cli.ipynb #991c67c2
 def _print_table(rows: list[dict], as_json: bool, empty: str) -> None:
-    "Rows as a table that fits the terminal, as aligned text in a pipe, or as JSON."
-    from rich.console import Console
-    from rich.table import Table
+    "Rows as aligned text, never cut or folded, so that a path or a command can be copied; or as JSON."
+    from vidgen.models.registry import Table
 
-    from vidgen.models.registry import Table as Plain
-
-    if as_json:
-        print(json.dumps(rows, indent=1, ensure_ascii=False))
-    elif not rows:
-        print(empty)
-    elif not sys.stdout.isatty():
-        print(Plain(rows))
-    else:
-        table = Table(*rows[0], box=None, header_style="bold", pad_edge=False)
-        for row in rows:
-            table.add_row(*(str(v) for v in row.values()))
-        Console().print(table)
+    print(json.dumps(rows, indent=1, ensure_ascii=False) if as_json else Table(rows) if rows else empty)
 
 
 def models(
@@ -246,7 +243,11 @@ def runs(
 
 
 def _short(result) -> str:
-    text = ", ".join(f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in result.items()) if isinstance(result, dict) else str(result or "")
+    "A result or an error in at most 100 characters."
+    def word(value):
+        return f"{value:.3g}" if isinstance(value, float) else ", ".join(map(word, value)) if isinstance(value, list) else str(value)
+
+    text = ", ".join(f"{k} {word(v)}" for k, v in result.items() if v not in (None, [], [None])) if isinstance(result, dict) else str(result or "")
     return text if len(text) <= 100 else text[:99] + "…"
 
 # %% ../nbs/05_cli.ipynb #050db5d3

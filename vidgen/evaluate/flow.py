@@ -198,38 +198,42 @@ def _reach(frame_HWC: np.ndarray, slack: float) -> tuple[np.ndarray, np.ndarray]
     "Least and greatest value of each pixel when the picture is shifted by up to `slack` pixels."
     import cv2
 
-    shifted = [frame_HWC]
+    low, high = frame_HWC.copy(), frame_HWC.copy()
     for dx, dy in ((slack, 0), (-slack, 0), (0, slack), (0, -slack)):
-        shifted.append(cv2.warpAffine(frame_HWC, np.float32([[1, 0, dx], [0, 1, dy]]), frame_HWC.shape[1::-1], borderMode=cv2.BORDER_REPLICATE))
-    return np.min(shifted, 0), np.max(shifted, 0)
+        moved = cv2.warpAffine(frame_HWC, np.float32([[1, 0, dx], [0, 1, dy]]), frame_HWC.shape[1::-1], borderMode=cv2.BORDER_REPLICATE)
+        np.minimum(low, moved, out=low), np.maximum(high, moved, out=high)
+    return low, high
 
 
-def _beyond(value, low, high):
-    return np.maximum(0, np.maximum(low - value, value - high))
+def _unexplained(now, then, x_HW: np.ndarray, y_HW: np.ndarray) -> np.ndarray:
+    "Difference (H, W) between pixels now and where they are then, beyond the reach of either; both are (frame, low, high)."
+    import cv2
+
+    frame, low, high = (cv2.remap(part, x_HW, y_HW, cv2.INTER_LINEAR) for part in then)
+    beyond = lambda value, low, high: np.maximum(0, np.maximum(low - value, value - high))
+    return np.minimum(beyond(now[0], low, high), beyond(frame, *now[1:])).mean(-1)
 
 
 def residual(
-    frames_THWC: np.ndarray,  # float32
-    flows: list[np.ndarray],  # T - 1 flows (H, W, 2)
+    frames_THWC: np.ndarray,           # float32
+    flows: list[np.ndarray],           # T - 1 flows (H, W, 2)
     *,
-    lag: int = 1,             # frames a point is followed
-    slack: float = 0.5,       # pixels of shift that explain a difference
-    unseen: float = 1.0,      # grey levels that don't count
-) -> np.ndarray:
-    "Mean change of colour along the motion, fraction of the grey range, (T - lag,); 1 where nearly everything leaves the frame. Source: Birchfield and Tomasi 1998."
-    import cv2
-
+    lags: tuple[int, ...] = (1, 3),    # frames a point is followed
+    slack: float = 0.5,                # pixels of shift that explain a difference
+    unseen: float = 1.0,               # grey levels that don't count
+) -> dict[int, np.ndarray]:
+    "Mean change of colour along the motion for each lag, fraction of the grey range, (T - lag,); 1 where nearly everything leaves the frame. Source: Birchfield and Tomasi 1998."
     x0, y0 = np.meshgrid(*(np.arange(n, dtype=np.float32) for n in frames_THWC.shape[2:0:-1]))
-    reach, found = [_reach(frame, slack) for frame in frames_THWC], []
-    for t in range(len(frames_THWC) - lag):
+    parts, found = [(frame, *_reach(frame, slack)) for frame in frames_THWC], {lag: [] for lag in lags}
+    for t in range(len(flows)):
         x, y, here = x0, y0, True
-        for k in range(lag):
-            x, y, _, inside = _walk(x, y, flows[t + k])
+        for lag in range(1, min(max(lags), len(flows) - t) + 1):
+            x, y, _, inside = _walk(x, y, flows[t + lag - 1])
             here = here & inside
-        then, low, high = (cv2.remap(p, x, y, cv2.INTER_LINEAR) for p in (frames_THWC[t + lag], *reach[t + lag]))
-        rest = np.minimum(_beyond(frames_THWC[t], low, high), _beyond(then, *reach[t])).mean(-1)
-        found.append(np.maximum(rest - unseen, 0)[here].mean() / 255 if here.mean() > 0.05 else 1.0)
-    return np.array(found)
+            if lag in found:
+                rest = np.maximum(_unexplained(parts[t], parts[t + lag], x, y) - unseen, 0)
+                found[lag].append(rest[here].mean() / 255 if here.mean() > 0.05 else 1.0)
+    return {lag: np.array(values) for lag, values in found.items() if values}
 
 # %% ../../nbs/60_evaluate/61_flow.ipynb #7924d67f
 def dynamic_degree(
@@ -312,7 +316,7 @@ def temporal_stability(
     frames = shrink(frames, short_side=rules.short_side)
     flows, trust = _flows(frames, engine, rules)
     speed2, change2 = velocity_change(flows, trust)
-    rests = {lag: residual(frames, flows, lag=lag, slack=rules.slack, unseen=rules.unseen) for lag in rules.lags if lag < len(frames)}
+    rests = residual(frames, flows, lags=rules.lags, slack=rules.slack, unseen=rules.unseen)
     known = change2[~np.isnan(change2)]
     change = float(known.mean() / (speed2.mean() + rules.floor**2)) if len(known) else 0.0
     rest, still = float(max(r.mean() for r in rests.values())), _drift(flows) < rules.still

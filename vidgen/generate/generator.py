@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['whole', 'prompt_list', 'per_clip', 'seed_list', 'first_frame', 'Request', 'check_image', 'resolve', 'with_images',
-           'peak_gib', 'versions', 'costs', 'shared_facts', 'own_facts', 'free', 'Generator']
+           'peak_gib', 'forget_peak', 'versions', 'costs', 'shared_facts', 'own_facts', 'free', 'Generator']
 
 # %% ../../nbs/30_generate/33_generator.ipynb #0671b1c6
 import gc
@@ -162,6 +162,14 @@ def peak_gib(device: str) -> dict[str, float]:
     return peak | ({"device": torch.cuda.max_memory_allocated(device) / GIB} if device.startswith("cuda") else {})
 
 
+def forget_peak(device: str) -> None:
+    "Begin to measure the GPU's peak memory anew."
+    if device.startswith("cuda"):
+        import torch
+
+        torch.cuda.reset_peak_memory_stats(device)
+
+
 def versions() -> dict[str, str]:
     "Versions of what computes a clip."
     return {name: version(name) for name in ("torch", "diffusers", "transformers")} | {"python": sys.version.split()[0]}
@@ -195,6 +203,7 @@ def _clips(gen: "Generator", request: Request, watch: baseline.Watch) -> list[Cl
     plan, count, clips, total = for_clip(gen.plan, need), len(request.prompts), [], {"load": gen.timings["load"]}
     size = plan.batch
     watch.parts = -(-count // size)
+    forget_peak(gen.parts.device)
     for watch.part in range(watch.parts):
         watch.seconds = {}
         clips += _batch_clips(gen, plan, request, range(watch.part * size, min(count, (watch.part + 1) * size)), watch)

@@ -232,7 +232,10 @@ def load(
     plan = plan_for(entry, folder, device=device, precision=precision, force=force)
     set_threads(plan)
     parts = load_scheduled(family(entry.family), entry, folder, device, precision)
-    return Generator(parts, entry, plan, folder=folder, load_seconds=time.perf_counter() - start)
+    gen = Generator(parts, entry, plan, folder=folder)
+    _ = gen.weights  # read once more for their hash; remembered by path, size and time of change
+    gen.timings = {"load": time.perf_counter() - start}
+    return gen
 
 
 def load_scheduled(of: Family, entry: Entry, folder: Path, device: str, precision: str):

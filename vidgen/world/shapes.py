@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..data.manifest import Manifest
+from ..models.family import Parts
 from ..progress import Progress, ProgressFn
 from .scenes import ATTRIBUTES, PHRASINGS, Scene, caption, render, scene
 
@@ -68,7 +69,7 @@ def transformer(image: bool = False):
     return CogVideoXTransformer3DModel(
         num_attention_heads=4, attention_head_dim=32, num_layers=4, in_channels=16 if image else 8, out_channels=8, time_embed_dim=96,
         text_embed_dim=64, max_text_seq_length=MAX_TOKENS, patch_size=2, sample_width=12, sample_height=8, sample_frames=17,
-        temporal_compression_ratio=4, use_rotary_positional_embeddings=False)
+        temporal_compression_ratio=4, use_rotary_positional_embeddings=True)
 
 
 def scheduler():
@@ -172,23 +173,20 @@ class FloatAttention(torch.overrides.TorchFunctionMode):
 
 
 def denoiser_loss(model: nn.ModuleDict, scale: float, *, image: bool = False):
-    "v-prediction on noised latents; with `image`, the first frame's latent joins the input (dropped one time in twenty)."
-    alphas = scheduler().alphas_cumprod.float()
+    "The family's own training target on noised latents; with `image`, the first frame's latent joins the input (dropped one time in twenty)."
+    parts = Parts("cogvideox", {"transformer": model["transformer"], "scheduler": scheduler()}, pipeline="", device=str(model["transformer"].device))
+    of, device = parts.family, parts.transformer.device
 
     def loss(rows: dict, generator: torch.Generator) -> torch.Tensor:
-        z = (rows["mean"] + rows["std"] * torch.randn(rows["std"].shape, generator=generator)) * scale
-        t = torch.randint(0, 1000, (len(z),), generator=generator)
-        noise = torch.randn(z.shape, generator=generator)
-        a, s = (v.sqrt().view(-1, 1, 1, 1, 1) for v in (alphas[t], 1 - alphas[t]))
-        x = (a * z + s * noise).transpose(1, 2)
-        if image:
-            keep = (torch.rand(len(z), 1, 1, 1, 1, generator=generator) > 0.05).float()
-            x = torch.cat([x, F.pad(rows["image"] * scale * keep, (0, 0, 0, 0, 0, z.shape[2] - 1)).transpose(1, 2)], 2)
-        device = model["transformer"].device
+        z = ((rows["mean"] + rows["std"] * torch.randn(rows["std"].shape, generator=generator)) * scale).transpose(1, 2)
+        t = (1000 * torch.rand(len(z), generator=generator).sqrt()).long()
+        noisy, wanted = of.target(parts, z, torch.randn(z.shape, generator=generator), t)
+        keep = (torch.rand(len(z), 1, 1, 1, 1, generator=generator) > 0.05) * scale
+        extras = of.extras(parts, z.shape[1:], (rows["image"].transpose(1, 2) * keep).to(device) if image else None)
         with torch.autocast(device.type, torch.bfloat16), FloatAttention() if device.type == "cpu" else nullcontext():
             text = model["text_encoder"](rows["ids"].to(device)).last_hidden_state
-            v = model["transformer"](x.to(device), text, t.to(device), return_dict=False)[0]
-        return F.mse_loss(v.float(), (a * noise - s * z).transpose(1, 2).to(device))
+            answer = of.predict(parts, noisy.to(device), t.to(device), text, extras)
+        return F.mse_loss(answer, wanted.to(device))
     return loss
 
 # %% ../../nbs/10_world/13_shapes.ipynb #b9502f7d
