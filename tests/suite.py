@@ -60,6 +60,8 @@ def write_readme(folder):
     if (folder / "nbs/index.ipynb").exists():
         call("jupyter", "nbconvert", "--log-level=WARN", "--to", "markdown", "--output-dir", ".", "--output", "README.md", "nbs/index.ipynb",
              cwd=folder, mend="nbs/index.ipynb can't be turned into README.md.")
+        parts = (folder / "README.md").read_text().split("\n```")  # clean notebooks don't name their language; readers' colours need it
+        (folder / "README.md").write_text("".join(("\n```" + ("python" if i % 2 and p.startswith("\n") else "") if i else "") + p for i, p in enumerate(parts)))
 
 
 def write_clean(folder):
@@ -136,7 +138,7 @@ def smoke():
                 raise Failed(f"{notebook.parent.name} has no params/smoke.yaml: a run of at most 20 s that proves it works")
             start = time.perf_counter()
             call("python", "-c", code, notebook.parent, mend=f"`vidgen sweep experiments/{notebook.parent.name} --preset smoke` runs it alone.",
-                 VIDGEN_STORAGE_RUNS=runs)
+                 VIDGEN_STORAGE_RUNS=runs, VIDGEN_STORAGE_ROOT=f"{runs}/files")
             seconds = time.perf_counter() - start
             print(f"{notebook.parent.name}: {seconds:.1f} s" + (" (a smoke run should stay under 20 s)" if seconds > 20 else ""), flush=True)
 

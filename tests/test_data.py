@@ -53,3 +53,12 @@ def test_unknown_scheme_and_address():
 def test_empty_folder(tmp_path):
     with pytest.raises(FileNotFoundError, match="mp4"):
         folder(tmp_path)
+
+
+def test_hash_follows_the_bytes_not_the_place(tmp_path):
+    world(1)[0].clip().save(tmp_path / "a.mp4")
+    (tmp_path / "b.mp4").write_bytes((tmp_path / "a.mp4").read_bytes())
+    one, two = (Manifest((Sample(str(tmp_path / name), "same words"),)) for name in ("a.mp4", "b.mp4"))
+    assert one.hash == two.hash
+    world(1, seed=5)[0].clip().save(tmp_path / "b.mp4", overwrite=True)
+    assert one.hash != two.hash

@@ -41,7 +41,7 @@ def test_every_command_in_readme_exists():
     assert asked and asked <= set(cli.COMMANDS)
     targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.M))
     assert set(re.findall(r"\bmake (\w+)\b(?=`|\s+#)", text)) <= targets
-    tree = text.split("```\nnbs/\n")[1].split("```")[0]
+    tree = text.split("```text\nnbs/\n")[1].split("```")[0]
     for folder in re.findall(r"^  (\d\d_\w+)/", tree, re.M):
         assert (ROOT / "nbs" / folder).is_dir(), folder
     for top in re.findall(r"^([\w.]+/)", tree, re.M):

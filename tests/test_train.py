@@ -104,3 +104,24 @@ def test_frozen_weights_stay(tmp_path):
     assert torch.equal(before, m[0].weight)
     with pytest.raises(ValueError, match="nothing to train"):
         State(m.requires_grad_(False), TrainConfig(steps=1))
+
+
+def test_other_settings_are_refused(tmp_path):
+    m = line()
+    fit(m, points, squared(m), TrainConfig(**CONFIG), folder=tmp_path)
+    with pytest.raises(ValueError, match="lr 0.05 -> 0.1"):
+        fit(line(), points, squared(m), TrainConfig(**CONFIG | {"lr": 0.1}), folder=tmp_path)
+    fit(m, points, squared(m), TrainConfig(**CONFIG | {"log_every": 7}), folder=tmp_path)
+
+
+def test_curve_is_a_mean_of_all_losses_also_over_a_break(tmp_path):
+    m, cancel, seen = line(), Cancel(), []
+    def constant(batch, generator):
+        seen.append(1)
+        if len(seen) == 13:
+            cancel.cancel()
+        return m(batch[0]).mean() * 0 + 1
+    config = TrainConfig(**CONFIG | {"log_every": 20, "save_every": 100})
+    with pytest.raises(Canceled):
+        fit(m, points, constant, config, folder=tmp_path, cancel=cancel)
+    assert fit(m, points, constant, config, folder=tmp_path).curve == [[20, 1.0], [40, 1.0]]

@@ -379,7 +379,8 @@ def _html(clip: "Clip") -> str:
         kind = "video/mp4"
     source = f"data:{kind};base64,{base64.b64encode(data.getvalue()).decode()}"
     show = f'<video width="{wide}" controls autoplay loop muted playsinline src="{source}"></video>' if kind == "video/mp4" else f'<img width="{wide}" src="{source}">'
-    return f'<figure style="margin:0">{show}<figcaption style="font-size:90%;opacity:.8">{escape(_caption(clip))}</figcaption></figure>'
+    warned = "".join(f"<br>⚠ {escape(str(line))}" for line in clip.made.get("warnings") or ())
+    return f'<figure style="margin:0">{show}<figcaption style="font-size:90%;opacity:.8">{escape(_caption(clip))}{warned}</figcaption></figure>'
 
 # %% ../nbs/01_clip.ipynb #153e4576
 @dataclass(frozen=True, eq=False, repr=False)
@@ -391,7 +392,9 @@ class _Frames:
 
     def __post_init__(self):
         _check_frames(self.frames)
-        object.__setattr__(self, "frames", np.ascontiguousarray(self.frames))
+        own = np.array(self.frames, order="C")  # a copy: nobody else can change what was hashed
+        own.setflags(write=False)
+        object.__setattr__(self, "frames", own)
         object.__setattr__(self, "fps", _check_fps(self.fps))
         object.__setattr__(self, "made", json.loads(_note(dict(self.made or {})))["made"])
 

@@ -7,8 +7,10 @@ __all__ = ['TRACKERS', 'ENDS', 'project_root', 'root', 'params_hash', 'environme
            'CSV', 'Wandb', 'MLflow', 'Run', 'find', 'publish']
 
 # %% ../nbs/02_runs.ipynb #56cf2304
+import csv
 import errno
 import hashlib
+import io
 import json
 import math
 import os
@@ -118,7 +120,7 @@ def environment() -> dict:
         "commit": _output("git", "rev-parse", "HEAD", cwd=folder),
         "clean": None if changes is None else not changes,
         "python": platform.python_version(),
-        "platform": platform.platform(),
+        "platform": f"{platform.system()} {platform.machine()}",
         "packages": {name: found for name in _PACKAGES if (found := _version(name))},
         "cpu_count": os.cpu_count(),
         "threads": torch.get_num_threads() if torch else os.environ.get("OMP_NUM_THREADS"),
@@ -173,20 +175,22 @@ class CSV(Tracker):
     def __init__(self, run: "Run"):
         super().__init__(run)
         self.path = run.path / "metrics.csv"
-        self.columns = self.path.read_text().partition("\n")[0].split(",") if self.path.exists() else []
+        self.columns = next(csv.reader([self.path.read_text().partition("\n")[0]]), []) if self.path.exists() else []
 
     def log(self, step, metrics):
         "Add a line; a new column rewrites the file from the run's own record."
         if {"step", *metrics} <= set(self.columns):
             with _writing(self.path), self.path.open("a") as file:
-                file.write(self._line({"step": step, **metrics}) + "\n")
+                file.write(self._line({"step": step, **metrics}))
             return
         rows = self.run.metrics()
         self.columns = list(dict.fromkeys(name for row in rows for name in row))
-        _write(self.path, "\n".join([",".join(self.columns), *map(self._line, rows)]) + "\n")
+        _write(self.path, "".join([self._line({name: name for name in self.columns}), *map(self._line, rows)]))
 
     def _line(self, row: dict) -> str:
-        return ",".join("" if row.get(name) is None else str(row[name]) for name in self.columns)
+        out = io.StringIO()
+        csv.writer(out, lineterminator="\n").writerow(["" if row.get(name) is None else row[name] for name in self.columns])
+        return out.getvalue()
 
 # %% ../nbs/02_runs.ipynb #28af64cf
 class Wandb(Tracker):

@@ -74,7 +74,7 @@ class Serve:
 class Storage:
     "Where files go. A relative folder counts from the folder of this file, or from the working folder when there is none."
     runs: str = key("runs", "folder of the recorded runs", unit="folder", pattern=r".+")
-    root: str = key("artifacts", "folder (or, with vidgen[s3], the bucket's URL) of stored files", unit="folder or URL", pattern=r".+")
+    root: str = key("artifacts", "folder of stored files", unit="folder", pattern=r".+")
     cache: str = key("", "folder of things that can be computed again; empty = vidgen in the user's cache folder", unit="folder")
 
 
@@ -158,6 +158,9 @@ def _parse(path: Path) -> configparser.ConfigParser:
     return ini
 
 
+_TELLING = ("model", "generate", "train", "evaluate", "storage", "tracking")  # [database] alone may be another program's file
+
+
 def find_file(
     folder: str | Path | None = None,  # where the search starts; the working folder if None
 ) -> Path | None:
@@ -165,7 +168,7 @@ def find_file(
     folder = Path(folder or Path.cwd()).resolve()
     for parent in (folder, *folder.parents):
         path = parent / "settings.ini"
-        if path.is_file() and any(difflib.get_close_matches(s.lower(), SECTIONS, 1, 0.75) for s in _parse(path).sections()):
+        if path.is_file() and any(difflib.get_close_matches(s.lower(), _TELLING, 1, 0.75) for s in _parse(path).sections()):
             return path
     return None
 

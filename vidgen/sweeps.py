@@ -24,6 +24,7 @@ import tokenize
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from datetime import datetime
+from importlib.resources import files
 from pathlib import Path
 from typing import NamedTuple
 
@@ -97,7 +98,7 @@ def _wrong(path: Path, name: str, p: Parameter, value) -> TypeError:
 
 # %% ../nbs/03_sweeps.ipynb #6829baba
 _KIND = re.compile(r"(?:(?:list\[(?:int|float|bool|str)\])|int|float|bool|str|list|dict)(?: \| None)?")
-_RESERVED = ("preset", "force", "progress", "cancel", "experiment")
+_RESERVED = ("preset", "force", "progress", "cancel", "experiment", "name", "status", "root")
 
 
 def _kind_of(value) -> str:
@@ -175,9 +176,12 @@ def _name(path: Path) -> str:
 
 
 def _code_hash(path: Path) -> str:
-    "What stands for the code of a notebook: a hash of its code cells, outputs left out."
-    code = "\0".join("".join(c["source"]) for c in _cells(path) if c["cell_type"] == "code")
-    return hashlib.sha256(code.encode()).hexdigest()[:16]
+    "What stands for the code of a run: a hash of the notebook's code cells, outputs left out, of the package, and of the notes on the shipped weights."
+    digest = hashlib.sha256("\0".join("".join(c["source"]) for c in _cells(path) if c["cell_type"] == "code").encode())
+    package = Path(str(files("vidgen")))
+    for file in sorted([*package.rglob("*.py"), *package.rglob("vidgen.json")]):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()[:16]
 
 # %% ../nbs/03_sweeps.ipynb #0297853f
 def check(

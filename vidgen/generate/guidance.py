@@ -51,9 +51,9 @@ SCHEDULES = {"constant": constant, "dynamic": dynamic, "dynamic-diffusers": dyna
 
 
 def schedule(name: str, scale: float) -> Schedule:
-    "The schedule of that name; ValueError for an unknown name or a scale that is not a number from 0 up."
+    "The schedule of that name; ValueError for an unknown name or a scale that is not a number from 1 up."
     if name not in SCHEDULES:
         raise unknown("guidance", name, SCHEDULES)
-    if isinstance(scale, bool) or not isinstance(scale, Real) or not 0 <= scale < math.inf:
-        raise ValueError(f"guidance_scale={scale!r} must be a number from 0 up; 1 means no guidance, 3 to 7 are usual")
+    if isinstance(scale, bool) or not isinstance(scale, Real) or not 1 <= scale < math.inf:
+        raise ValueError(f"guidance_scale={scale!r} must be a number from 1 up; 1 means no guidance, 3 to 7 are usual")
     return SCHEDULES[name](float(scale))

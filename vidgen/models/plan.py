@@ -13,7 +13,7 @@ import struct
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from ..errors import CorruptWeights, DoesNotFit
+from ..errors import CorruptWeights, DoesNotFit, unknown
 from .family import PRECISIONS, read_index, read_json
 
 GIB = 1024**3
@@ -103,7 +103,9 @@ def pick_device(device: str = "auto") -> str:
     have = torch.cuda.is_available()
     if device == "auto":
         return "cuda" if have else "cpu"
-    kind = torch.device(device).type  # torch names the right spellings in its own error
+    kind = device.partition(":")[0]
+    if kind not in ("cpu", "cuda", "mps"):
+        raise unknown("device", device, ("auto", "cpu", "cuda", "cuda:1", "mps"))
     if kind == "cuda" and not have:
         raise ValueError(f"device {device!r} was asked for, but torch {torch.__version__} sees no CUDA device; use device='cpu' or 'auto'")
     return device

@@ -62,7 +62,7 @@ def candidates(entry: Entry) -> list[tuple[str, Path]]:
 # %% ../../nbs/20_models/24_registry.ipynb #f95a051d
 def fetch_command(entry: Entry) -> str:
     "The command that brings the weights of `entry` to this machine."
-    return f"hf download {entry.repo}" if entry.repo else "pip install --force-reinstall vidgen"
+    return f"hf download {entry.repo}" if entry.repo else f"git -C {PACKAGED.parents[1]} restore vidgen/weights"
 
 
 def locate(entry: Entry) -> tuple[str, Path] | None:

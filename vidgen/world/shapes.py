@@ -10,6 +10,7 @@ __all__ = ['WORDS', 'MAX_TOKENS', 'tokenizer', 'text_encoder', 'vae', 'transform
 # %% ../../nbs/10_world/13_shapes.ipynb #32dee3e8
 import copy
 import json
+import shutil
 import string
 from contextlib import nullcontext
 from pathlib import Path
@@ -82,7 +83,7 @@ def scheduler():
 # %% ../../nbs/10_world/13_shapes.ipynb #057a0e4f
 def to_tensor(frames_FHWC: np.ndarray) -> torch.Tensor:
     "uint8 frames to floats in -1..1, channels first (C, F, H, W)."
-    return torch.from_numpy(frames_FHWC).permute(3, 0, 1, 2).float() / 127.5 - 1
+    return torch.tensor(frames_FHWC).permute(3, 0, 1, 2).float() / 127.5 - 1
 
 
 def crop(rng: np.random.Generator, s: Scene, num_frames: int, size: int = 32) -> torch.Tensor:
@@ -208,9 +209,12 @@ def pack(folder: Path | str, codec, model: nn.ModuleDict, *, made: dict) -> Path
     half = [copy.deepcopy(m).half() for m in (codec, model["text_encoder"], model["transformer"])]
     pipe = (CogVideoXImageToVideoPipeline if image else CogVideoXPipeline)(
         tokenizer=tokenizer(), vae=half[0], text_encoder=half[1], transformer=half[2], scheduler=scheduler())
-    pipe.save_pretrained(folder, safe_serialization=True)
-    config = Path(folder, "text_encoder", "config.json")
+    whole, part = Path(folder), Path(folder).with_name(f".{Path(folder).name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    pipe.save_pretrained(part, safe_serialization=True)
+    config = part / "text_encoder" / "config.json"
     facts = json.loads(config.read_text())
     config.write_text(json.dumps({k: v for k, v in facts.items() if k != "torch_dtype"} | {"dtype": "float32"}, indent=2) + "\n")
-    Path(folder, "vidgen.json").write_text(json.dumps(made, indent=2) + "\n")
-    return Path(folder)
+    (part / "vidgen.json").write_text(json.dumps(made, indent=2) + "\n")
+    shutil.rmtree(whole, ignore_errors=True)
+    return part.rename(whole)
