@@ -89,7 +89,7 @@ def test_every_command_teaches_with_examples(vidgen, name):
 def test_the_console_command_is_this_one():
     from importlib.metadata import entry_points
 
-    assert [e.value for e in entry_points(group="console_scripts", name="vidgen")][0] == "vidgen.cli:main"
+    assert [e.value for e in entry_points(group="console_scripts", name="vidgen")][0] == "vidgen.cli:console"
 
 
 def test_version_and_no_words_at_all(vidgen):
@@ -325,7 +325,7 @@ def test_ctrl_c_while_the_film_is_written(vidgen, monkeypatch):
 
 
 def start(*args, **env):
-    return subprocess.Popen([sys.executable, "-c", "import sys; from vidgen.cli import main; sys.exit(main())", *map(str, args)],
+    return subprocess.Popen([sys.executable, "-c", "from vidgen.cli import console; console()", *map(str, args)],
                             env={**os.environ, "OMP_NUM_THREADS": "1", **env}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 

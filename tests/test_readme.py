@@ -37,7 +37,8 @@ def test_every_path_in_readme_exists(path):
 
 def test_every_command_in_readme_exists():
     text = "\n".join("".join(cell["source"]) for cell in CELLS)
-    asked = {line.split()[1] for line in text.splitlines() if line.startswith("vidgen ")}
+    shell = "\n".join(re.findall(r"```sh\n(.*?)```", text, re.S))
+    asked = {line.split()[1] for line in shell.splitlines() if line.startswith("vidgen ")}
     assert asked and asked <= set(cli.COMMANDS)
     targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.M))
     assert set(re.findall(r"\bmake (\w+)\b(?=`|\s+#)", text)) <= targets
