@@ -45,7 +45,7 @@ def test_plain_diffusers_loads_and_runs_them(name):
     pipe = DiffusionPipeline.from_pretrained(WEIGHTS / name)
     assert {m.dtype for m in (pipe.text_encoder, pipe.transformer, pipe.vae)} == {torch.float32}
     more = {"image": Image.fromarray(render(scene(3)).frames[0])} if name.endswith("i2v") else {}
-    frames = pipe(caption(scene(3)), num_frames=17, height=64, width=96, num_inference_steps=25, guidance_scale=3.0, max_sequence_length=MAX_TOKENS,
+    frames = pipe(prompt=caption(scene(3)), num_frames=17, height=64, width=96, num_inference_steps=25, guidance_scale=3.0, max_sequence_length=MAX_TOKENS,
                   output_type="np", generator=torch.Generator().manual_seed(3), **more).frames[0]
     clip = vidgen.Clip(np.rint(frames * 255).astype(np.uint8), fps=8)
     assert oracle.read(clip).background == scene(3).background
