@@ -107,8 +107,8 @@ def codec_batch(size: int, whole: bool):
     return batch
 
 
-def codec_loss(model, *, kl: float = 1e-4):
-    "Squared error, a little absolute error, and a weak pull of the latents to a unit normal."
+def codec_loss(model, *, kl: float = 1e-4, flat: float = 0.0):
+    "Squared error, a little absolute error, a weak pull of the latents to a unit normal, and `flat` times the squared mean of each channel over the clip."
     def loss(x_BCFHW: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         x_BCFHW = x_BCFHW.to(model.device)
         with torch.autocast(model.device.type, torch.bfloat16):
@@ -116,22 +116,23 @@ def codec_loss(model, *, kl: float = 1e-4):
             y = model.decode(latent.sample(generator)).sample
         error = y.float() - x_BCFHW
         pull = 0.5 * (latent.mean.float() ** 2 + latent.var.float() - 1 - latent.logvar.float()).mean()
-        return (error**2).mean() + 0.1 * error.abs().mean() + kl * pull
+        level = latent.mean.float().mean((2, 3, 4))
+        return (error**2).mean() + 0.1 * error.abs().mean() + kl * pull + flat * (level**2).mean()
     return loss
 
 # %% ../../nbs/10_world/13_shapes.ipynb #4a480806
 @torch.no_grad()
 def encode(model, manifest: Manifest, progress: ProgressFn | None = None) -> dict[str, torch.Tensor]:
-    "Latents of every sample in half precision: `mean`, `std` (N, C, F, H, W) of the clip and `image` (N, C, 1, H, W) of its first frame."
+    "Latents of every sample in half precision: `mean`, `std` (N, C, F, H, W) of the clip and `image`, `image_std` (N, C, 1, H, W) of its first frame."
     rows = []
     for i in range(0, len(manifest), 8):
         clips = torch.stack([to_tensor(sample.clip().frames) for sample in manifest[i:i + 8]]).to(model.device)
         with torch.autocast(model.device.type, torch.bfloat16):
             latent, image = model.encode(clips).latent_dist, model.encode(clips[:, :, :1]).latent_dist
-        rows.append([x.half().cpu() for x in (latent.mean, latent.std, image.mean)])
+        rows.append([x.half().cpu() for x in (latent.mean, latent.std, image.mean, image.std)])
         if progress:
             progress(Progress("latents", min(i + 8, len(manifest)), len(manifest)))
-    return dict(zip(("mean", "std", "image"), (torch.cat(column) for column in zip(*rows))))
+    return dict(zip(("mean", "std", "image", "image_std"), (torch.cat(column) for column in zip(*rows))))
 
 
 def scaling_factor(latents: dict[str, torch.Tensor]) -> float:
@@ -160,7 +161,7 @@ def denoiser_batch(latents: dict[str, torch.Tensor], manifest: Manifest, size: i
         rows = rng.integers(0, len(scenes), size)
         texts = [written(rng, scenes[i]) for i in rows]
         ids = tok(texts, padding="max_length", max_length=MAX_TOKENS, truncation=True, return_tensors="pt").input_ids
-        return {"ids": ids} | {k: latents[k][rows].float() for k in ("mean", "std", "image")}
+        return {"ids": ids} | {k: latents[k][rows].float() for k in ("mean", "std", "image", "image_std")}
     return batch
 
 
@@ -173,21 +174,20 @@ class FloatAttention(torch.overrides.TorchFunctionMode):
             return func(*(a.float() for a in args), **kwargs or {})
 
 
-def denoiser_loss(model: nn.ModuleDict, scale: float, *, image: bool = False):
-    "The family's own training target on noised latents; with `image`, the first frame's latent joins the input (dropped one time in twenty)."
-    parts = Parts("cogvideox", {"transformer": model["transformer"], "scheduler": scheduler()}, pipeline="", device=str(model["transformer"].device))
-    of, device = parts.family, parts.transformer.device
+def denoiser_loss(model: nn.ModuleDict, scale: float, *, single: bool = False, image: bool = False):
+    "The family's own training loss, the text encoder learning too. `single`: first frames only; `image`: the first frame is given (dropped one time in twenty)."
+    device = model["transformer"].device
+    parts = Parts("cogvideox", {"transformer": model["transformer"], "scheduler": scheduler()}, pipeline="", device=str(device))
+    names = ("image", "image_std") if single else ("mean", "std")
 
     def loss(rows: dict, generator: torch.Generator) -> torch.Tensor:
-        z = ((rows["mean"] + rows["std"] * torch.randn(rows["std"].shape, generator=generator)) * scale).transpose(1, 2)
-        t = (1000 * torch.rand(len(z), generator=generator).sqrt()).long()
-        noisy, wanted = of.target(parts, z, torch.randn(z.shape, generator=generator), t)
+        mean, std = (rows[name] for name in names)
+        z = (mean + std * torch.randn(std.shape, generator=generator)).transpose(1, 2) * scale
         keep = (torch.rand(len(z), 1, 1, 1, 1, generator=generator) > 0.05) * scale
-        extras = of.extras(parts, z.shape[1:], (rows["image"].transpose(1, 2) * keep).to(device) if image else None)
+        given = (rows["image"].transpose(1, 2) * keep).to(device) if image else None
         with torch.autocast(device.type, torch.bfloat16), FloatAttention() if device.type == "cpu" else nullcontext():
             text = model["text_encoder"](rows["ids"].to(device)).last_hidden_state
-            answer = of.predict(parts, noisy.to(device), t.to(device), text, extras)
-        return F.mse_loss(answer, wanted.to(device))
+            return parts.family.training_loss(parts, z.to(device), text, generator=generator, image_B1CHW=given)
     return loss
 
 # %% ../../nbs/10_world/13_shapes.ipynb #b9502f7d
