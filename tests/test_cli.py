@@ -324,14 +324,16 @@ def test_ctrl_c_while_the_film_is_written(vidgen, monkeypatch):
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-def start(*args, **env):
-    return subprocess.Popen([sys.executable, "-c", "from vidgen.cli import console; console()", *map(str, args)],
+def start(*args, background=False, **env):
+    "The command in a process of its own; `background`: as a script's `command &`, where Ctrl-C is ignored."
+    code = "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN); " * background + "from vidgen.cli import console; console()"
+    return subprocess.Popen([sys.executable, "-c", code, *map(str, args)],
                             env={**os.environ, "OMP_NUM_THREADS": "1", **env}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-@pytest.mark.parametrize(("sign", "when"), [(signal.SIGTERM, "loading"), (signal.SIGINT, "denoising")])
-def test_a_real_signal_leaves_a_canceled_run_and_no_film(lab, sign, when):
-    process = start("generate", RED, "--steps", 900, "--out", "a.mp4")
+@pytest.mark.parametrize(("sign", "when", "background"), [(signal.SIGTERM, "loading", False), (signal.SIGINT, "denoising", False), (signal.SIGTERM, "denoising", True)])
+def test_a_real_signal_leaves_a_canceled_run_and_no_film(lab, sign, when, background):
+    process = start("generate", RED, "--steps", 900, "--out", "a.mp4", background=background)
     until = time.monotonic() + 60
     while time.monotonic() < until and process.poll() is None:
         if (found := runs.find()) and (when == "loading" or found[0].manifest["model"]):

@@ -139,7 +139,8 @@ def _interrupts() -> Iterator[None]:
     "A request to terminate ends a command as Ctrl-C does; afterwards all is as before."
     try:
         before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
-        signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+        ignored = before[signal.SIGINT] is signal.SIG_IGN  # a shell's background does that
+        signal.signal(signal.SIGTERM, _end if ignored else lambda *_: signal.raise_signal(signal.SIGINT))
     except ValueError:  # not the main thread
         before = {}
     try:
@@ -147,6 +148,12 @@ def _interrupts() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _end(*_) -> None:
+    "Stop, once, where Ctrl-C is ignored."
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    raise KeyboardInterrupt
 
 
 @contextmanager

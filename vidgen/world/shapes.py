@@ -107,12 +107,13 @@ def codec_batch(size: int, whole: bool):
     return batch
 
 
-def codec_loss(model, *, kl: float = 1e-4, flat: float = 0.0):
-    "Squared error, a little absolute error, a weak pull of the latents to a unit normal, and `flat` times the squared mean of each channel over the clip."
+def codec_loss(model, *, kl: float = 1e-4, flat: float = 0.0, frozen: bool = False):
+    "Squared error, a little absolute error, a weak pull of the latents to a unit normal, and `flat` times the squared mean of each channel over the clip. `frozen`: the encoder learns nothing."
     def loss(x_BCFHW: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         x_BCFHW = x_BCFHW.to(model.device)
         with torch.autocast(model.device.type, torch.bfloat16):
-            latent = model.encode(x_BCFHW).latent_dist
+            with torch.set_grad_enabled(not frozen):
+                latent = model.encode(x_BCFHW).latent_dist
             y = model.decode(latent.sample(generator)).sample
         error = y.float() - x_BCFHW
         pull = 0.5 * (latent.mean.float() ** 2 + latent.var.float() - 1 - latent.logvar.float()).mean()
