@@ -30,7 +30,6 @@ def test_together_they_stay_under_12_mb():
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.xfail(strict=True, reason="the denoisers are not trained to the end yet: reports/LOG.md")
 def test_they_name_the_run_that_made_them(name):
     made = json.loads((WEIGHTS / name / "vidgen.json").read_text())
     published = json.loads((WEIGHTS.parents[1] / "reports" / "data" / "000_train_world.json").read_text())
@@ -51,7 +50,7 @@ def test_plain_diffusers_loads_and_runs_them(name):
     assert oracle.read(clip).background == scene(3).background
 
 
-@pytest.mark.xfail(strict=True, reason="the denoisers are not trained to the end yet: reports/LOG.md")
+@pytest.mark.xfail(strict=True, reason="the text denoiser is not trained to the end yet: reports/LOG.md")
 def test_they_follow_the_prompt(models):
     for held in (False, True):
         asked = world.prompts(16, seed=4321, held=held)
@@ -59,7 +58,6 @@ def test_they_follow_the_prompt(models):
         assert score.right["all"] >= 12, score
 
 
-@pytest.mark.xfail(strict=True, reason="the denoisers are not trained to the end yet: reports/LOG.md")
 def test_the_image_model_moves_what_it_is_given(models):
     scenes = [scene(9_000_000 + i, held=False) for i in range(12)]
     given = [render(s) for s in scenes]
