@@ -47,31 +47,31 @@ def test_plain_diffusers_loads_and_runs_them(name):
     frames = pipe(prompt=caption(scene(3)), num_frames=17, height=64, width=96, num_inference_steps=25, guidance_scale=3.0, max_sequence_length=MAX_TOKENS,
                   output_type="np", generator=torch.Generator().manual_seed(3), **more).frames[0]
     clip = vidgen.Clip(np.rint(frames * 255).astype(np.uint8), fps=8)
-    assert oracle.read(clip).background == scene(3).background
+    assert oracle.read(clip).background == scene(3).background and oracle.read(clip).seen
 
 
 @pytest.mark.xfail(strict=True, reason="the text denoiser is not trained to the end yet: reports/LOG.md")
 def test_they_follow_the_prompt(models):
     for held in (False, True):
-        asked = world.prompts(16, seed=4321, held=held)
+        asked = world.prompts(40, seed=4321, held=held)
         score = oracle.score(models["shapes-t2v"].generate(asked, seed=99), asked)
-        assert score.right["all"] >= 12, score
+        assert score.right["all"] >= 32, score
 
 
 def test_the_image_model_moves_what_it_is_given(models):
-    scenes = [scene(9_000_000 + i, held=False) for i in range(12)]
+    scenes = [scene(9_000_000 + i, held=False) for i in range(24)]
     given = [render(s) for s in scenes]
     clips = models["shapes-i2v"].generate([caption(s) for s in scenes], [c.frames[0] for c in given], seed=5)
     score = oracle.score(clips, [caption(s) for s in scenes])
-    assert score.right["motion"] >= 10, score
+    assert score.right["motion"] >= 21, score
     errors = [((a.frames[0].astype(float) - b.frames[0]) ** 2).mean() for a, b in zip(given, clips)]
     assert 10 * np.log10(255**2 / np.mean(errors)) >= 25
 
 
 def test_shuffled_captions_score_at_chance(models):
-    asked = world.prompts(12, seed=7)
+    asked = world.prompts(32, seed=7)
     clips = models["shapes-t2v"].generate(asked, seed=1)
-    assert oracle.score(clips, asked[5:] + asked[:5]).right["all"] <= 2
+    assert oracle.score(clips, asked[5:] + asked[:5]).right["all"] <= 4
 
 
 def test_unknown_words_are_named_not_hidden(models):
