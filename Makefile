@@ -29,12 +29,20 @@ $(READY): pyproject.toml
 	  echo "installed in $$SECONDS s"
 	@touch $@
 
-.PHONY: demo test lab export lint clean
+.PHONY: demo test soak lab export lint clean
 demo: $(READY) ## make .venv, install, and turn a prompt into a measured clip
 	@HF_HUB_OFFLINE=1 $(BIN)/vidgen sweep experiments/001_first_clip --preset cpu --force
 
 test: $(READY) ## everything CI checks (make test STEPS="lint pytest" runs some of it)
 	@HF_HUB_OFFLINE=1 $(BIN)/python tests/suite.py $(STEPS)
+
+$(VENV)/.track: $(READY)
+	@echo "installing the trackers into $(VENV)"
+	@$(BIN)/python -m pip install --progress-bar off -e '.[track]' > $(VENV)/track.log 2>&1 || { tail -n 15 $(VENV)/track.log; exit 1; }
+	@touch $@
+
+soak: $(VENV)/.track ## the slow tests: the classic flow engine, real trackers
+	@HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -m slow tests
 
 lab: $(READY) ## JupyterLab on the notebooks
 	@$(BIN)/jupyter lab nbs/index.ipynb

@@ -75,7 +75,8 @@ def exported(folder):
     copy(folder)
     write_package(folder)
     write_readme(folder)
-    return differences(folder, ["vidgen"], ["*.py"]) + [name for name in ("README.md",) if not filecmp.cmp(ROOT / name, folder / name, shallow=False)]
+    return [*differences(folder, ["vidgen"], ["*.py"]), *differences(folder, ["README_files"], ["*.png"]),
+            *(name for name in ("README.md",) if not filecmp.cmp(ROOT / name, folder / name, shallow=False))]
 
 
 def in_step():

@@ -6,38 +6,14 @@
 __all__ = []
 
 # %% ../nbs/06_init.ipynb #914d5a4e
-import importlib
+from .lazy import front
 
 __version__ = "0.1.0"
 
-_NAMES = {  # name -> where it lives; a bare module name means the module itself
-    "load": "vidgen.models.registry:load",
-    "Clip": "vidgen.clip:Clip",
-    "Run": "vidgen.runs:Run",
-    "Manifest": "vidgen.data.manifest:Manifest",
-    "models": "vidgen.models",
-    "world": "vidgen.world",
-    "evaluate": "vidgen.evaluate",
-    "sweeps": "vidgen.sweeps",
-    "runs": "vidgen.runs",
-    "store": "vidgen.store",
-    "settings": "vidgen.settings",
-}
-
-# %% ../nbs/06_init.ipynb #c00ebf2b
-def __getattr__(name: str):
-    "Import what a name stands for, once."
-    if name not in _NAMES:
-        from vidgen.errors import nearest
-
-        close = nearest(name, _NAMES)
-        raise AttributeError(f"vidgen has no {name!r}" + (f"; nearest: {', '.join(close)}" if close else f"; it has {', '.join(_NAMES)}"))
-    module, _, attribute = _NAMES[name].partition(":")
-    found = importlib.import_module(module)
-    globals()[name] = value = getattr(found, attribute) if attribute else found
-    return value
-
-
-def __dir__() -> list[str]:
-    "The names, for tab completion."
-    return sorted([*_NAMES, "__version__"])
+__getattr__, __dir__, __all__ = front("vidgen", {
+    "models.registry": ("load",),
+    "clip": ("Clip",),
+    "runs": ("Run",),
+    "data.manifest": ("Manifest",),
+    "models": (), "world": (), "evaluate": (), "sweeps": (), "store": (), "settings": (),
+})

@@ -6,28 +6,9 @@
 __all__ = []
 
 # %% ../../nbs/60_evaluate/60_init.ipynb #fa63bba9
-import importlib
+from ..lazy import front
 
-_HOMES = {
+__getattr__, __dir__, __all__ = front("vidgen.evaluate", {
     "flow": ("Rules", "Stability", "flow_uniformity", "temporal_stability"),
     "faults": ("FAULTS", "codec", "faulty"),
-}
-_HOME = {name: module for module, names in _HOMES.items() for name in names}
-__all__ = sorted(_HOME)
-
-
-def __getattr__(name: str):
-    "A public measure, or one of the modules. Errors: AttributeError naming the nearest ones."
-    if name in _HOMES:
-        return importlib.import_module(f"vidgen.evaluate.{name}")
-    if name in _HOME:
-        return getattr(importlib.import_module(f"vidgen.evaluate.{_HOME[name]}"), name)
-    from vidgen.errors import nearest
-
-    near = nearest(name, [*_HOME, *_HOMES]) if not name.startswith("_") else []
-    raise AttributeError(f"vidgen.evaluate has no {name!r}" + (f"; nearest: {', '.join(near)}" if near else ""))
-
-
-def __dir__() -> list[str]:
-    "What completion offers."
-    return sorted([*_HOME, *_HOMES])
+})

@@ -223,7 +223,7 @@ def report(result: dict) -> str:
     seconds = result["seconds"] | {"denoise": result["seconds"].get("denoise", 0.0)}
     per_step = seconds.pop("per_step", None)
     spent = ", ".join(f"{k} {v:.2f}" + (f" ({per_step:.3f} a step)" if k == "denoise" and per_step else "") for k, v in seconds.items())
-    lines += [f"{'model':<13}{result['model']}", f"{'seconds':<13}{spent}", f"{'peak memory':<13}" + ", ".join(f"{k} {v:.2f} GiB" for k, v in result["peak_gib"].items())]
+    lines += [f"{'model':<13}{result['model']}", f"{'plan':<13}{result['plan']}", f"{'seconds':<13}{spent}", f"{'peak memory':<13}" + ", ".join(f"{k} {v:.2f} GiB" for k, v in result["peak_gib"].items())]
     lines += [f"{'run':<13}{result['run']}"] if result["run"] else []
     return "\n".join([*lines, *(f"note: {note}" for note in result["notes"])])
 
@@ -252,7 +252,7 @@ def _result(request: Request, gen, clip: Clip, facts: list, seconds: dict, notes
     "Everything about a call as plain values."
     made = clip.made
     how = f"{gen.name}, {made['num_inference_steps']} steps, guidance {made['guidance_scale']:g} {made['guidance']}, {clip.num_frames} frames {clip.width}x{clip.height} at {clip.fps:g} fps"
-    result = {"prompt": request.prompt, "clips": facts, "model": how, "weights": gen.weights, "seconds": {k: round(v, 4) for k, v in seconds.items()},
+    result = {"prompt": request.prompt, "clips": facts, "model": how, "plan": str(gen.plan), "weights": gen.weights, "seconds": {k: round(v, 4) for k, v in seconds.items()},
               "peak_gib": {k: round(v, 3) for k, v in made["peak_gib"].items()}, "notes": notes, "run": _near(run.path) if run else None}
     if run:
         run.add_stages({k: v for k, v in seconds.items() if k != "per_step"})
@@ -276,7 +276,7 @@ def work(
         warnings.simplefilter("always")
         show(Progress("load", 0, 0))
         gen = registry.load(request.model, **load)
-        show(Progress("load", 1, 1))
+        show(Progress("load", 1, 1, note=str(gen.plan)))
         if run:
             run.record(model=gen.name, model_hash=gen.weights, device=gen.plan.device, precision=gen.plan.precision, plan=gen.plan.as_dict())
         clips = gen.generate(request.prompt, progress=show, **request.options())

@@ -6,30 +6,11 @@
 __all__ = []
 
 # %% ../../nbs/20_models/20_init.ipynb #2dfb71f4
-import importlib
+from ..lazy import front
 
-_HOMES = {
+__getattr__, __dir__, __all__ = front("vidgen.models", {
     "family": ("Family", "Entry", "Parts", "load_parts", "save_parts"),
     "plan": ("Plan",),
     "cogvideox": (),
     "registry": ("entries", "find", "load", "models"),
-}
-_HOME = {name: module for module, names in _HOMES.items() for name in names}
-__all__ = sorted(_HOME)
-
-
-def __getattr__(name: str):
-    "A public name, or one of the modules. Errors: AttributeError naming the nearest ones."
-    if name in _HOMES:
-        return importlib.import_module(f"vidgen.models.{name}")
-    if name in _HOME:
-        return getattr(importlib.import_module(f"vidgen.models.{_HOME[name]}"), name)
-    from vidgen.errors import nearest
-
-    near = nearest(name, [*_HOME, *_HOMES]) if not name.startswith("_") else []
-    raise AttributeError(f"vidgen.models has no {name!r}" + (f"; nearest: {', '.join(near)}" if near else ""))
-
-
-def __dir__() -> list[str]:
-    "What completion offers."
-    return sorted([*_HOME, *_HOMES])
+})

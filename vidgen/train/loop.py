@@ -181,7 +181,7 @@ def fit(
             state.recent.clear()
         if state.step % config.save_every == 0 or state.step == config.steps or (cancel and cancel.canceled):
             save_state(state, path)
-            if extra:
+            if extra and not (cancel and cancel.canceled):
                 record(state, run, stage, progress, **extra(state))
         if cancel:
             cancel.check()

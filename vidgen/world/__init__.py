@@ -6,30 +6,11 @@
 __all__ = []
 
 # %% ../../nbs/10_world/10_init.ipynb #fbcb0c6b
-import importlib
+from ..lazy import front
 
-_HOMES = {
+__getattr__, __dir__, __all__ = front("vidgen.world", {
     "scenes": ("ATTRIBUTES", "BACKGROUNDS", "COLOURS", "MOTIONS", "PHRASINGS", "SHAPES", "Scene",
                "caption", "combinations", "held_out", "parse", "prompts", "render", "scene"),
     "oracle": ("DAMAGES", "Reading", "Score", "all_right", "damaged", "matches", "read", "score", "wilson"),
-}
-_HOME = {name: module for module, names in _HOMES.items() for name in names}
-_PAGES = ("scenes", "oracle", "shapes")
-__all__ = sorted(_HOME)
-
-
-def __getattr__(name: str):
-    "A public name of the world, or one of its modules. Errors: AttributeError naming the nearest ones."
-    if name in _PAGES:
-        return importlib.import_module(f"vidgen.world.{name}")
-    if name in _HOME:
-        return getattr(importlib.import_module(f"vidgen.world.{_HOME[name]}"), name)
-    from vidgen.errors import nearest
-
-    near = nearest(name, [*_HOME, *_PAGES]) if not name.startswith("_") else []
-    raise AttributeError(f"vidgen.world has no {name!r}" + (f"; nearest: {', '.join(near)}" if near else ""))
-
-
-def __dir__() -> list[str]:
-    "What completion offers."
-    return sorted([*_HOME, *_PAGES])
+    "shapes": (),
+})
