@@ -47,6 +47,8 @@ def test_a_skewed_handful_gets_scipys_acceleration():
     theirs = stats.bootstrap((values,), np.mean, n_resamples=100_000, method="BCa", rng=np.random.default_rng(5)).confidence_interval
     plain = stats.bootstrap((values,), np.mean, n_resamples=100_000, method="percentile", rng=np.random.default_rng(5)).confidence_interval
     assert np.allclose((found.low, found.high), theirs, atol=0.015 * found.width) and plain.high < found.high - 0.1 * found.width
+    a, b = bootstrap(values), bootstrap(1000 * values)
+    assert np.allclose((1000 * a.low, 1000 * a.high), (b.low, b.high))
 
 
 def test_the_fast_mean_is_the_plain_mean():
