@@ -39,7 +39,7 @@ def _rows(features) -> np.ndarray:
         raise ValueError(f"the features of {bad} of {len(x)} are not finite; leave those clips out and report how many they were")
     return x.reshape(-1, x.shape[-1])
 
-
+# %% ../../nbs/60_evaluate/66_distribution.ipynb #7c55ea23
 @dataclass(frozen=True, eq=False)
 class Moments:
     "How many, their mean (D,), and the summed products of their deviations (D, D); float64."
@@ -290,10 +290,6 @@ def _quiet(distance: Callable) -> Callable:
     return _frechet if distance is frechet else distance
 
 
-def _of(distance: Callable) -> Callable:
-    return getattr(distance, "func", distance)   # of a partial
-
-
 def floor(
     reference_MD,                    # features, as `frechet` takes them
     n: int,                          # clips in the set one wants to judge
@@ -348,7 +344,7 @@ def interval(
     parts = [np.array_split(rng.permutation(len(Z)), groups) for Z in (X, Y)]
     left = np.array([distance(np.delete(X, i, 0), np.delete(Y, j, 0)) for i, j in zip(*parts)])
     error = float(stats.t.ppf(0.5 + level / 2, groups - 1)) * sqrt((groups - 1) * left.var())
-    return Interval(value, max(value - error, 0.0) if _of(distance) in _POSITIVE else value - error, value + error, len(X))
+    return Interval(value, max(value - error, 0.0) if getattr(distance, "func", distance) in _POSITIVE else value - error, value + error, len(X))
 
 # %% ../../nbs/60_evaluate/66_distribution.ipynb #18983bb3
 MODES = {
@@ -363,10 +359,7 @@ def _told(distance: Callable, X, Y, *, spread: bool, seed: int, warn: bool, **ab
     n, m = len(X), len(Y)
     if min(n, m) < 2:
         return Value(None, f"{n} clips against {m}, and a distance of sets takes two of each")
-    if not spread:
-        found = Interval(float(distance(X, Y)), -inf, inf, n)
-    else:
-        found = interval(X, Y, distance, seed=seed)
+    found = interval(X, Y, distance, seed=seed) if spread else Interval(float(distance(X, Y)), -inf, inf, n)
     ground = floor(Y, n, distance, seed=seed).to_dict() if spread and m >= 4 else None
     frames = {"frames": sum(map(len, X))} if X.ndim != 2 else {}
     return Value(found.value, _few(n, m) if warn else "", {**found.to_dict(), "n_reference": m, "floor": ground, **frames, **about})

@@ -75,7 +75,7 @@ def spoilt(
     whole = {"judder": 2.0, "drop": 4.0, "shuffle": 1000.0}   # their amounts count frames
     return faulty(clip, kind, whole.get(kind, FAULTS[kind][1] * rng.uniform(0.6, 1.6)), seed=seed)
 
-
+# %% ../../nbs/60_evaluate/671_watcher.ipynb #22d16633
 def example(
     rng: np.random.Generator,
     length: int = 17,             # frames
