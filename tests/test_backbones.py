@@ -208,6 +208,29 @@ def test_what_was_seen_is_not_looked_at_again(tmp_path):
     assert sum(s[0] for s in looks) == 12
 
 
+def test_the_key_is_the_picture_and_not_only_its_bytes():
+    flat, looks = np.arange(2 * 32 * 64 * 3, dtype=np.uint8), []
+    wide, high = flat.reshape(2, 32, 64, 3), flat.reshape(2, 64, 32, 3)
+    features([wide, high, wide], mean_colour(looks), batch=8)
+    assert sorted(looks) == [(1, 2, 3, 32, 64), (1, 2, 3, 64, 32)]
+
+
+def test_open_clip_models_are_frame_networks(monkeypatch):
+    from types import ModuleType, SimpleNamespace
+
+    class Encoder(SimpleNamespace):
+        def images(self, frames_THWC):
+            return np.linalg.norm(frames_THWC, axis=(1, 2)).astype(np.float32)[:, :2]
+
+    fake = ModuleType("vidgen.evaluate.alignment")
+    fake.encoder = lambda name, device: Encoder(hash="abc", device=device)
+    monkeypatch.setitem(__import__("sys").modules, "vidgen.evaluate.alignment", fake)
+    net, clip = load("world-clip", device="cpu"), render(scene(4), num_frames=5)
+    assert (net.kind, net.dims) == ("frame", 2) and net.hash != "abc"
+    assert np.allclose(features(clip, net)[0], Encoder().images(clip.frames)), "the frames arrive as the bytes they were"
+    assert load("open_clip:ViT-B-32:laion2b_s34b_b79k", device="cpu").kind == "frame"
+
+
 def test_every_way_to_name_a_clip(tmp_path):
     clip = render(scene(5))
     path = clip.save(tmp_path / "clip.png")

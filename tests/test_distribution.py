@@ -173,6 +173,10 @@ def test_kernel_distance_by_the_book():
     book = sum(k(a, b) for i, a in enumerate(X) for j, b in enumerate(X) if i != j) / 42 + sum(k(a, b) for i, a in enumerate(Y) for j, b in enumerate(Y) if i != j) / 20
     book -= 2 * np.mean([k(a, b) for a in X for b in Y])
     assert np.isclose(kernel_distance(X, Y), book, rtol=1e-10)
+    K = (X @ Y.T / 3 + 1) ** 3
+    for block in (2, 7, 512):
+        rows, columns = d._kernel_sums(X, Y, block)
+        assert np.allclose(rows, K.sum(1)) and np.allclose(columns, K.sum(0))
     big = cloud(22, 1300, 3)   # more than two blocks
     assert np.isclose(kernel_distance(big, Y), _plain(big, Y), rtol=1e-8)
 
@@ -242,6 +246,10 @@ def test_mmd_of_points_that_coincide():
     assert mmd(np.zeros((20, 2)), np.ones((20, 2))).p == 1 / 1001
     ties = np.r_[np.zeros((30, 1)), np.ones((4, 1))]
     assert np.isclose(mmd(ties[:17], ties[17:]).bandwidth, 1) and mmd(ties[::2], ties[1::2]).p > 0.3
+    assert 0.25 < mmd([[0.0], [0.0]], [[1.0], [1.0]]).p < 0.42, "one split of three is this one"
+    copies = np.random.default_rng(0).normal(10, 1, (3, 333))[[0] * 20 + [1, 2]]
+    true = min(((copies[i] - copies[j]) ** 2).sum() for i, j in ((0, 20), (0, 21), (20, 21)))
+    assert np.isclose(d.median_distance(copies), true), "rounding is no distance"
     assert mmd(cloud(29, 10, 3) + 1e6, cloud(29, 10, 3) + 1e6).p > 0.5
 
 
@@ -257,6 +265,12 @@ def test_the_floor_is_real_against_real():
     assert frechet(ours, Y) < found[100].high
 
 
+def test_both_sides_of_a_floor_are_other_clips():
+    seen = []
+    floor(np.arange(40.0)[:, None], 15, lambda X, Y: seen.append((set(X[:, 0]), set(Y[:, 0]))) or 0.0)
+    assert len(seen) == 5 and all(len(x) == 15 and len(y) == 25 and not x & y for x, y in seen)
+
+
 def test_intervals_hold_the_distance():
     shift, held = 0.5, {"Fréchet": 0, "kernel": 0, "JEDi": 0}
     rng = np.random.default_rng(31)
@@ -269,6 +283,17 @@ def test_intervals_hold_the_distance():
             found = interval(X, Y, distance)
             held[name] += found.low <= truth[name] <= found.high
     assert all(0.87 <= count / 200 <= 1 for count in held.values()), held
+
+
+def test_the_interval_of_a_difference_of_means_is_that_of_the_t_test():
+    gap = lambda X, Y: float(X.mean() - Y.mean())
+    widths = [interval(*np.random.default_rng(k).normal(size=(2, 100, 1)), gap).width for k in range(200)]
+    assert abs(np.mean(widths) / (2 * stats.t.ppf(0.975, 9) * np.sqrt(2 / 100)) - 1) < 0.06
+
+
+def test_no_distance_is_below_zero_but_that_of_the_kernel():
+    X = cloud(40, 60, 4)
+    assert interval(X, X).low == interval(X, X, jedi).low == 0 and interval(X, X[::-1], kernel_distance).low < 0
 
 
 def test_the_fast_interval_of_the_kernel_leaves_every_clip_out():
