@@ -36,6 +36,7 @@ class Footage:
     def __init__(self, clip, prompt: str | None = None, *, fps: float | None = None):
         self.frames, self.prompt = frames_of(clip), prompt    # uint8 (T, H, W, 3)
         self.fps = float(fps or getattr(clip, "fps", 0) or 8.0)
+        self.start = 0                                        # which frame of the whole clip is its first
         self._kept: dict[Callable, object] = {}
 
     @cached_property
@@ -86,6 +87,7 @@ class Footage:
     def part(self, start: int, stop: int) -> "Footage":
         "The frames from `start` to before `stop` as footage of their own. What is known of them already is not computed again."
         piece = Footage(self.frames[start:stop], self.prompt, fps=self.fps)
+        piece.start = self.start + start
         for names, end in ((("small", "luma"), stop), (("flows", "flows_back", "motion", "differences"), stop - 1)):
             piece.__dict__.update({name: self.__dict__[name][start:end] for name in names if name in self.__dict__})
         return piece
