@@ -11,7 +11,15 @@ from vidgen.evaluate.temporal import (METRICS, between, by_shot, colours, cuts, 
 from vidgen.world import render, scene
 
 TABLE = {m.name: m for m in METRICS}
-shot = {name: Footage(faults.textured(name)) for name in faults.OWED}
+
+
+class Shots(dict):
+    def __missing__(self, name):
+        self[name] = Footage(faults.textured(name))
+        return self[name]
+
+
+shot = Shots()
 
 
 def shift(frame, dx, dy=0):

@@ -10,7 +10,6 @@ __all__ = ['SPEED', 'METRICS', 'warp', 'pulled', 'CutRules', 'unexplained', 'sea
 # %% ../../nbs/60_evaluate/65_temporal.ipynb #91cdc89a
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 
