@@ -16,7 +16,7 @@ import numpy as np
 from ..errors import unknown
 from .flow import evidence, shrink
 from .metric import Footage, Metric, Value
-from .temporal import CutRules, cuts, seams, shots, unfit, warp
+from .temporal import CutRules, seams, shots, unfit, warp
 
 # %% ../../nbs/60_evaluate/68_failures.ipynb #0fc24d80
 @dataclass(frozen=True)

@@ -97,7 +97,8 @@ def cuts(
     "Frames with which a new shot starts. None in a clip too small or too short to tell. Ask for it with `footage.once(cuts)`."
     if len(footage.frames) < 2 or _too_small(footage):
         return ()
-    return tuple(b for _, b, _, strength in seams(footage, rules) if strength >= 1)
+    found = footage.once(seams) if rules == CutRules() else seams(footage, rules)
+    return tuple(b for _, b, _, strength in found if strength >= 1)
 
 
 def shots(footage: Footage) -> list[tuple[int, int]]:
@@ -325,7 +326,8 @@ def similarity_metrics(
 
 # %% ../../nbs/60_evaluate/65_temporal.ipynb #0754b315
 def _own_colours(footage: Footage) -> np.ndarray:
-    return colours(footage.small.transpose(0, 3, 1, 2) / 255)
+    step = max(1, min(footage.small.shape[1:3]) // 64)  # every second pixel of a shrunk frame is enough for a histogram
+    return colours(footage.small[:, ::step, ::step].transpose(0, 3, 1, 2) / 255)
 
 
 METRICS = (
