@@ -62,6 +62,9 @@ def test_where_it_is():
     stuck = clip.frames.copy()
     stuck[5:11] = stuck[5]
     assert freeze(Footage(stuck)).frames == (5, 6, 7, 8, 9, 10) and not judder(Footage(stuck)).found
+    stuck = clip.frames.copy()
+    stuck[2:7], stuck[8:13] = stuck[2], stuck[8]
+    assert freeze(Footage(stuck)).found and not judder(Footage(stuck)).found  # long runs are no judder, however many
     assert judder(Footage(faults.faulty(clip, "judder", 2))).frames == (1, 3, 5, 7, 9, 11, 13, 15)
     lit = clip.frames.copy()
     lit[6:12:2] = np.clip(lit[6:12:2] * 1.3, 0, 255).astype(np.uint8)
@@ -96,6 +99,9 @@ def test_drift_is_slow_and_follows_the_thing():
     small, large = (object_drift(Footage(faults.faulty(clip, "drift", a))).score for a in (20.0, 120.0))
     assert object_drift(Footage(clip)).score < 2 < small < large
     assert not object_drift(Footage(faults.faulty(clip, "flicker"))).found
+    lagging = Footage(clip)
+    lagging.motion = [0.88 * flow for flow in lagging.motion]  # two pixels behind in the end
+    assert object_drift(lagging).score < 4
     grey = np.full((9, 64, 96, 3), 128, np.uint8)
     assert object_drift(Footage(grey)).score is None and "stands out" in object_drift(Footage(grey)).reason
     assert np.isnan(colour_paths(Footage(grey))).all()
@@ -109,8 +115,8 @@ def test_drift_is_slow_and_follows_the_thing():
 
 def test_a_cut_is_no_drift_and_no_loss_of_focus():
     a, b = textured("pan 3").frames, render(scene(3, motion="right"), width=256, height=160).frames
-    joined = examine(np.concatenate([a, b]))
-    assert set(joined.found) == {"cuts"}
+    for after in (b, faults.faulty(faults.textured("rotation", seed=3), "blur", 3.0).frames):
+        assert set(examine(np.concatenate([a, after])).found) == {"cuts"}
 
 
 def test_edge_width_of_a_blurred_step():

@@ -197,6 +197,14 @@ def test_a_cut_across_black_and_the_shortest_clips():
     assert all(0 <= left <= 2.1 for *_, left, _ in seams(Footage(np.concatenate([a[:6], b[:6]]))))
 
 
+def test_one_foreign_frame_is_a_flash():
+    frames = faults.textured("pan 3").frames.copy()
+    frames[7] = faults.textured("pan 3", seed=1).frames[7]
+    assert cuts(Footage(frames)) == ()
+    frames[8:10] = faults.textured("pan 3", seed=1).frames[8:10]
+    assert cuts(Footage(frames)) == (7, 10)
+
+
 def test_unexplained_ignores_brightness_and_knows_strangers():
     rng = np.random.default_rng(0)
     a, b = rng.uniform(0, 255, (2, 60, 60, 3)).astype(np.float32)

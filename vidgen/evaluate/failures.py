@@ -140,7 +140,7 @@ def colour_paths(piece: Footage) -> np.ndarray:
         found.append(float(np.quantile(soft(least * weight)[known] / share[known], 0.75)) if known.any() else np.nan)
     return np.array(found)
 
-
+# %% ../../nbs/60_evaluate/68_failures.ipynb #52403171
 def object_drift(footage: Footage, limits: Limits = Limits()) -> Finding:
     "Colours that wander off slowly, on things that can be followed: the largest drift of a shot, CIELAB. Five frames are the least. Sunsets drift too."
     about = ("object_drift", limits.drift, "CIELAB")
