@@ -41,6 +41,54 @@ def _freeze(frames: np.ndarray, share: float, rng: np.random.Generator) -> np.nd
     return frames[np.minimum(np.arange(len(frames)), round((1 - share) * (len(frames) - 1)))]
 
 # %% ../../nbs/60_evaluate/62_faults.ipynb #1f3eaeca
+def _stands_out(frames: np.ndarray) -> np.ndarray:
+    "0..1 for each pixel (T, H, W, 1): 1 from a third of the grey range away from the median colour."
+    away = np.abs(frames - np.median(frames, (0, 1, 2)).astype(np.float32)).max(-1, keepdims=True)
+    return np.clip(away / 85, 0, 1)
+
+
+def _drift(frames: np.ndarray, degrees: float, rng: np.random.Generator) -> np.ndarray:
+    "What stands out changes its hue steadily, by `degrees` from the first frame to the last: a turn about the grey axis of colour space."
+    axis, away = np.full(3, 3**-0.5), _stands_out(frames)
+    across = np.cross(np.eye(3), axis)
+    turned = []
+    for frame, share, angle in zip(frames.astype(np.float32), away, np.deg2rad(np.linspace(0, degrees, len(frames)))):
+        turn = np.cos(angle) * np.eye(3) + np.sin(angle) * across + (1 - np.cos(angle)) * np.outer(axis, axis)
+        turned.append((1 - share) * frame + share * (frame @ turn))
+    return _u8(np.stack(turned))
+
+
+def _defocus(frames: np.ndarray, sigmas) -> np.ndarray:
+    "Each frame blurred by its own sigma, pixels."
+    import cv2
+
+    return np.stack([cv2.GaussianBlur(frame, (0, 0), sigma) if sigma > 0.05 else frame for frame, sigma in zip(frames, sigmas)])
+
+# %% ../../nbs/60_evaluate/62_faults.ipynb #5f982aae
+def _cut(frames: np.ndarray, count: float, rng: np.random.Generator) -> np.ndarray:
+    "`count` cuts, evenly spread, to the same clip upside down and in other colours, and back."
+    other = np.arange(len(frames)) * (round(count) + 1) // len(frames) % 2 == 1
+    frames = frames.copy()
+    frames[other] = np.roll(frames[other][:, ::-1, ::-1], 1, axis=-1)
+    return frames
+
+
+def _dead(frames: np.ndarray, count: float, level: int) -> np.ndarray:
+    "`count` frames in the middle at one grey level."
+    frames, start = frames.copy(), max(0, (len(frames) - round(count)) // 2)
+    frames[start : start + round(count)] = level
+    return frames
+
+
+def _local_flicker(frames: np.ndarray, depth: float, rng: np.random.Generator) -> np.ndarray:
+    "Regions brighten and darken on their own, by a standard deviation of `depth`."
+    import cv2
+
+    size = frames.shape[2:0:-1]
+    gain = np.stack([cv2.resize(g, size, interpolation=cv2.INTER_CUBIC) for g in rng.normal(size=(len(frames), 5, 8))])
+    return _u8(frames * (1 + depth * gain[..., None]))
+
+# %% ../../nbs/60_evaluate/62_faults.ipynb #4e951393
 Fault = Callable[[np.ndarray, float, np.random.Generator], np.ndarray]
 FAULTS: dict[str, tuple[Fault, float, str]] = {  # what it does to frames, the usual amount, the unit of the amount
     "shake": (lambda f, a, rng: _shift(f, *rng.normal(0, a, (2, len(f)))), 2.0, "standard deviation of each frame's shift, pixels"),
@@ -51,6 +99,13 @@ FAULTS: dict[str, tuple[Fault, float, str]] = {  # what it does to frames, the u
     "flicker": (_flicker, 0.15, "change of brightness, fraction"),
     "noise": (lambda f, a, rng: _u8(f + rng.normal(0, a, f.shape)), 20.0, "standard deviation, grey levels"),
     "freeze": (_freeze, 0.5, "share of the clip that stands"),
+    "drift": (_drift, 120.0, "turn of the hue of what stands out, over the clip, degrees"),
+    "blur": (lambda f, a, rng: _defocus(f, np.full(len(f), a)), 3.0, "standard deviation, pixels"),
+    "defocus": (lambda f, a, rng: _defocus(f, np.linspace(0, a, len(f))), 3.0, "standard deviation at the end, pixels"),
+    "cut": (_cut, 1.0, "cuts"),
+    "black": (lambda f, a, rng: _dead(f, a, 0), 1.0, "black frames in the middle"),
+    "white": (lambda f, a, rng: _dead(f, a, 255), 1.0, "white frames in the middle"),
+    "local flicker": (_local_flicker, 0.15, "standard deviation of each region's brightness, fraction"),
 }
 
 
@@ -182,14 +237,6 @@ def _boil(picture: np.ndarray, amount: float, rng: np.random.Generator) -> np.nd
     return np.stack([cv2.remap(picture, xx + 80 + a, yy + 120 + b, cv2.INTER_LINEAR) for a, b in fields.reshape(_LENGTH, 2, *yy.shape)])
 
 
-def _patches(still: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    "Regions that brighten and darken on their own."
-    import cv2
-
-    gain = np.stack([cv2.resize(g, _SIZE, interpolation=cv2.INTER_CUBIC) for g in rng.normal(size=(_LENGTH, 5, 8))])
-    return _u8(still * (1 + 0.15 * gain[..., None]))
-
-
 def _dissolve(before: np.ndarray, after: np.ndarray) -> np.ndarray:
     share = np.clip((np.arange(_LENGTH) - 3) / (_LENGTH - 7), 0, 1)[:, None, None, None]
     return _u8(before * (1 - share) + after * share)
@@ -210,7 +257,7 @@ _BAD: dict[str, Callable] = {
     "shake 1": lambda p, q, rng: _pan(p, *rng.normal(0, 1, (2, _LENGTH))), "shake 3": lambda p, q, rng: _pan(p, *rng.normal(0, 3, (2, _LENGTH))),
     "vibrate": lambda p, q, rng: _pan(p, 3 * (-1.0) ** _t), "pan and shake": lambda p, q, rng: _pan(p, 3 * _t + rng.normal(0, 2, _LENGTH), rng.normal(0, 2, _LENGTH)),
     "gain flicker 10 %": _FAULT(_STILL, "flicker", 0.1), "gain flicker 30 %": lambda p, q, rng: _u8(_STILL(p) * rng.uniform(0.7, 1.3, (_LENGTH, 1, 1, 1))),
-    "local flicker": lambda p, q, rng: _patches(_STILL(p), rng), "boiling 1": lambda p, q, rng: _boil(p, 1.0, rng), "boiling 3": lambda p, q, rng: _boil(p, 3.0, rng),
+    "local flicker": _FAULT(_STILL, "local flicker", 0.15), "boiling 1": lambda p, q, rng: _boil(p, 1.0, rng), "boiling 3": lambda p, q, rng: _boil(p, 3.0, rng),
     "cut": lambda p, q, rng: np.concatenate([_STILL(p)[:_half], _STILL(q)[_half:]]), "cut in pan": lambda p, q, rng: np.concatenate([_pan(p, 3 * _t)[:_half], _pan(q, 3 * _t)[_half:]]),
     "dissolve": lambda p, q, rng: _dissolve(_STILL(p), _STILL(q)), "judder": _FAULT(lambda p: _pan(p, 3 * _t), "judder", 2),
     "frame drop": lambda p, q, rng: _pan(p, 3 * (_t + 3 * (_t >= _half))), "one black": lambda p, q, rng: _pan(p, 3 * _t) * (_t != _half).astype(np.uint8)[:, None, None, None],

@@ -12,7 +12,7 @@ from functools import cached_property
 
 import numpy as np
 
-from .flow import Stability, flow_engine, frames_of, shrink, temporal_stability
+from .flow import Stability, agree, evidence, flow_engine, frames_of, shrink, temporal_stability
 
 # %% ../../nbs/60_evaluate/63_metric.ipynb #0529f65b
 @dataclass(frozen=True)
@@ -36,6 +36,8 @@ class Footage:
     def __init__(self, clip, prompt: str | None = None, *, fps: float | None = None):
         self.frames, self.prompt = frames_of(clip), prompt    # uint8 (T, H, W, 3)
         self.fps = float(fps or getattr(clip, "fps", 0) or 8.0)
+        self.start = 0                                        # which frame of the whole clip is its first
+        self._kept: dict[Callable, object] = {}
 
     @cached_property
     def small(self) -> np.ndarray:
@@ -60,9 +62,35 @@ class Footage:
         return [meter.calc(b, a, None) for a, b in zip(self.luma, self.luma[1:])]
 
     @cached_property
+    def motion(self) -> list[np.ndarray]:
+        "`flows` made to agree in each neighbourhood, so that what is flat doesn't move at random."
+        return [agree(flow, evidence(plane)) for plane, flow in zip(self.luma, self.flows)]
+
+    @cached_property
+    def differences(self) -> np.ndarray:
+        "Mean absolute difference of each full-size frame to the next, fraction of the grey range, (T - 1,)."
+        import cv2
+
+        return np.array([cv2.norm(a, b, cv2.NORM_L1) / (255 * a.size) for a, b in zip(self.frames, self.frames[1:])])
+
+    @cached_property
     def stability(self) -> Stability:
         "Temporal stability by DIS."
         return temporal_stability(self.frames, "dis")
+
+    def once(self, function: Callable):
+        "What `function(self)` gives, computed on first use: for whatever several metrics of a page share."
+        if function not in self._kept:
+            self._kept[function] = function(self)
+        return self._kept[function]
+
+    def part(self, start: int, stop: int) -> "Footage":
+        "The frames from `start` to before `stop` as footage of their own. What is known of them already is not computed again."
+        piece = Footage(self.frames[start:stop], self.prompt, fps=self.fps)
+        piece.start = self.start + start
+        for names, end in ((("small", "luma"), stop), (("flows", "flows_back", "motion", "differences"), stop - 1)):
+            piece.__dict__.update({name: self.__dict__[name][start:end] for name in names if name in self.__dict__})
+        return piece
 
 # %% ../../nbs/60_evaluate/63_metric.ipynb #b65dd865
 NEEDS = {"prompt": "one prompt per clip", "reference": "clips to compare with", "world": "prompts of the world of shapes"}
