@@ -54,9 +54,9 @@ def plain(value):
     return value if isinstance(value, (str, int, float, bool, type(None))) else str(value)
 
 
-def pack(detail: dict) -> bytes:
-    "Plain JSON, compressed."
-    return zlib.compress(json.dumps(plain(detail), ensure_ascii=False).encode(), 1)
+def pack(detail: dict, *, checked: bool = False) -> bytes:
+    "JSON, compressed; `checked`: `plain` has been there already."
+    return zlib.compress(json.dumps(detail if checked else plain(detail), ensure_ascii=False).encode(), 1)
 
 
 def number(value: float | None) -> str:

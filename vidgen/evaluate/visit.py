@@ -249,22 +249,19 @@ def visit(item: Item, plan: Plan) -> Visit:
         return Visit(item.name, error=str(err) or type(err).__name__)
     found.values = {name: row["value"] for name, row in rows.items()}
     found.reasons = {name: row["reason"] for name, row in rows.items() if row["reason"]}
-    found.details = pack({name: row["detail"] for name, row in rows.items() if row["detail"]})
+    found.details = pack({name: row["detail"] for name, row in rows.items() if row["detail"]}, checked=True)
     return found
 
 
 def _features(look: _Look, backbone: str) -> np.ndarray | str:
     "Features of a clip, (D,) or (T, D), remembered; or why there are none."
-    path = look.plan.cache and look.plan.cache / look.key[:2] / f"{look.key}-{weights_key(backbone)}.npy"
-    if path and path.is_file():
-        try:
-            return np.load(path)
-        except (OSError, ValueError, EOFError):
-            pass  # damaged: computed again
     from vidgen.evaluate import backbones
 
     try:
-        found = np.asarray(backbones.features([look.footage], backbone, cache=False), np.float32)[0]
+        path = look.plan.cache and look.plan.cache / look.key[:2] / f"{look.key}-{weights_key(backbone)}-{backbones.VERSION}.npy"
+        if path and (known := _array(path)) is not None:
+            return known
+        found = np.asarray(backbones.features([look.footage], backbone, cache=False, device=look.plan.device), np.float32)[0]
     except Exception as err:
         return f"{type(err).__name__}: {err}"
     if path:
@@ -272,3 +269,11 @@ def _features(look: _Look, backbone: str) -> np.ndarray | str:
         np.save(out, found)
         _keep(path, out.getvalue())
     return found
+
+
+def _array(path: Path) -> np.ndarray | None:
+    "A kept array; None when there is none, or it is damaged."
+    try:
+        return np.load(path)
+    except (OSError, ValueError, EOFError):
+        return None
