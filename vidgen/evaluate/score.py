@@ -48,7 +48,7 @@ METRICS = (
 )
 
 # %% ../../nbs/60_evaluate/69_score.ipynb #ec770edc
-PAGES = ("score", "suite")  # modules of vidgen.evaluate that have METRICS
+PAGES = ("score", "alignment", "suite")  # modules of vidgen.evaluate that have METRICS
 COSTS = ("fast", "network", "slow")
 
 

@@ -8,6 +8,7 @@ __all__ = ['SEEN', 'config', 'model', 'changed', 'soften', 'frame', 'batch_of', 
 # %% ../../nbs/10_world/14_contrast.ipynb #43c599a0
 import copy
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -46,7 +47,7 @@ def changed(
     rng: np.random.Generator,
 ) -> str:
     "The prompt with the word of one attribute replaced by another. Errors: ValueError when it names none."
-    word = parse(text)[attribute]
+    text, word = text.replace("gray", "grey"), parse(text)[attribute]
     if word is None:
         raise ValueError(f"{text!r} names no {attribute}, or several")
     other = str(rng.choice([w for w in ATTRIBUTES[attribute] if w != word]))
@@ -54,7 +55,7 @@ def changed(
     forms = [said.get(w, (f"moving {w}", f"moves {w}")) for w in (word, other)] if attribute == "motion" else [(word,), (other,)]
     for old, new in zip(*forms):
         text = text.replace(old, new)
-    return text.replace("a orange", "an orange").replace("an " + other, "a " + other) if attribute == "colour" and other != "orange" else text.replace("a orange", "an orange")
+    return re.sub(r"\ba orange", "an orange", text) if other == "orange" else re.sub(rf"\ban {other}", f"a {other}", text)
 
 
 def soften(x_BCHW: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
