@@ -15,7 +15,6 @@ from pathlib import Path
 
 import numpy as np
 
-from ..clip import Clip
 from ..errors import CorruptWeights, WeightsMissing, nearest, unknown
 from .flow import frames_of
 from .metric import Footage, Metric, Value

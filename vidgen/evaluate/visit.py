@@ -209,7 +209,7 @@ class _Look:
         if "prompt" in metric.needs and self.prompt is None or "world" in metric.needs and not of_world(self.prompt):
             return {"value": None, "reason": "no prompt" if self.prompt is None else "not a prompt of the world of shapes", "detail": {}}
         try:
-            key = value_key(metric, self.prompt)
+            key = value_key(metric, self.prompt) if self.plan.cache else None
             if key in self.known["values"]:
                 return self.known["values"][key]
             found = metric(self.footage)
@@ -246,7 +246,7 @@ def visit(item: Item, plan: Plan) -> Visit:
         if look.fresh and plan.cache:
             plan.write(look.key, look.known)
     except Exception as err:
-        return Visit(item.name, error=str(err) or type(err).__name__)
+        return Visit(item.name, error=str(err).replace(str(item.source), item.name) if str(err) else type(err).__name__)
     found.values = {name: row["value"] for name, row in rows.items()}
     found.reasons = {name: row["reason"] for name, row in rows.items() if row["reason"]}
     found.details = pack({name: row["detail"] for name, row in rows.items() if row["detail"]}, checked=True)
