@@ -21,10 +21,10 @@ class Fake:
 
     def __init__(self, seed=0):
         rng = np.random.default_rng(seed)
-        self.eye, self.ear = rng.normal(size=(3, 8)).astype(np.float32), rng.normal(size=(128, 8)).astype(np.float32)
+        self.eye, self.ear = rng.random((3, 8)).astype(np.float32), rng.normal(0.4 if seed < 5 else -0.4, 0.5, (128, 8)).astype(np.float32)
 
     def raw_image(self, frames_THWC):
-        return (np.asarray(frames_THWC, np.float32).mean((1, 2)) / 255 - 0.4) @ self.eye
+        return np.asarray(frames_THWC, np.float32).mean((1, 2)) / 255 @ self.eye
 
     def raw_text(self, texts):
         return np.stack([np.mean([self.ear[ord(c) % 128] for c in text], axis=0) for text in texts])
@@ -76,6 +76,7 @@ def test_parity_with_torchmetrics(seed):
     images = [torch.from_numpy(f.copy()).permute(2, 0, 1) for f in clip.frames]
     theirs = clip_score(images, [prompt] * len(images), model_name_or_path=lambda: (_FakeModel(fake), _FakeProcessor()))
     assert align(clip, prompt, model=fake).score("x100", "after_mean") == pytest.approx(float(theirs), abs=2e-3)
+    assert float(theirs) > 10 if seed < 5 else float(theirs) == 0 > align(clip, prompt, model=fake).score()
 
 
 def test_scales_and_where_negatives_are_cut():
