@@ -29,9 +29,12 @@ $(READY): pyproject.toml
 	  echo "installed in $$SECONDS s"
 	@touch $@
 
-.PHONY: demo test soak lab export lint clean
+.PHONY: demo evaluate test soak lab export lint clean
 demo: $(READY) ## make .venv, install, and turn a prompt into a measured clip
 	@HF_HUB_OFFLINE=1 $(BIN)/vidgen sweep experiments/001_first_clip --preset cpu --force
+
+evaluate: $(READY) ## clips of the shipped model, all metrics, and a report
+	@HF_HUB_OFFLINE=1 $(BIN)/vidgen sweep experiments/010_evaluate --preset cpu --force
 
 test: $(READY) ## everything CI checks (make test STEPS="lint pytest" runs some of it)
 	@HF_HUB_OFFLINE=1 $(BIN)/python tests/suite.py $(STEPS)

@@ -15,5 +15,6 @@ __getattr__, __dir__, __all__ = front("vidgen", {
     "clip": ("Clip",),
     "runs": ("Run",),
     "data.manifest": ("Manifest",),
+    "evaluate.score": ("score",),
     "models": (), "world": (), "evaluate": (), "sweeps": (), "store": (), "settings": (),
 })

@@ -34,6 +34,11 @@ COMMANDS = {
         vidgen generate "a blue star growing" --out star.mp4 --steps 40 --guidance 4
         vidgen generate --image photo.png "a red circle moving left"
         vidgen generate "a cat in the snow" --model cogvideox-5b --num-videos 4"""),
+    "evaluate": Command("vidgen.evaluate.command:evaluate", "Measure clips with every metric, and write a report.", """
+        vidgen evaluate runs/generate-… --suite world --out report
+        vidgen evaluate clips/ --reference data/real --metrics all,-slow
+        vidgen evaluate clips/ --prompts prompts.txt --metrics clip_score@ViT-B-32:laion2b_s34b_b79k"""),
+    "metrics": Command("vidgen.evaluate.command:metrics", "List what can be measured.", "vidgen metrics\nvidgen metrics --json"),
     "models": Command("vidgen.cli:models", "List the models, and where their weights are.", "vidgen models\nvidgen models --json"),
     "sweep": Command("vidgen.cli:sweep", "Run an experiment, or a grid of it, on record.", """
         vidgen sweep experiments/001_first_clip
