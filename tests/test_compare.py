@@ -92,6 +92,8 @@ def test_seeds_of_one_prompt_are_not_many_findings():
     level = rng.normal(0, 0.1, 12)
     a = [{"prompt": i, "seed": s, "x": 0.0} for i in range(12) for s in range(30)]
     b = [{"prompt": i, "seed": s, "x": level[i] + rng.normal(0, 0.001)} for i in range(12) for s in range(30)]
+    swings = [row | {"x": (0.1, -0.06)[row["prompt"] % 2] + rng.normal(0, 0.001)} for row in a]
+    assert paired(pair(a, swings), "x").p > 0.1
     found = paired(pair(a, b), "x")
     assert found.difference.n == 12 and found.difference.width > 0.6 * 2 * 1.96 * level.std() / np.sqrt(12)
 

@@ -34,6 +34,11 @@ COMMANDS = {
         vidgen generate "a blue star growing" --out star.mp4 --steps 40 --guidance 4
         vidgen generate --image photo.png "a red circle moving left"
         vidgen generate "a cat in the snow" --model cogvideox-5b --num-videos 4"""),
+    "benchmark": Command("vidgen.evaluate.benchmark_command:command", "Measure models and settings side by side.", """
+        vidgen benchmark
+        vidgen benchmark --steps 25 --steps 10 --num-prompts 20
+        vidgen benchmark --mode both --csv > clips.csv
+        vidgen benchmark -m shapes-t2v -m cogvideox-2b --prompts mine.txt --json"""),
     "models": Command("vidgen.cli:models", "List the models, and where their weights are.", "vidgen models\nvidgen models --json"),
     "sweep": Command("vidgen.cli:sweep", "Run an experiment, or a grid of it, on record.", """
         vidgen sweep experiments/001_first_clip
