@@ -18,9 +18,11 @@ from vidgen import cli, runs
 from vidgen.clip import Clip
 from vidgen.errors import Canceled
 from vidgen.evaluate import benchmark as bench
-from vidgen.evaluate import benchmark_command, summary
-from vidgen.evaluate.benchmark import COLUMNS, HostPeak, Results, Setting, benchmark, comparisons, ratios, save, settings_grid, summarise, table, text, turns
+from vidgen.evaluate import benchmark_command, summary, timing
+from vidgen.evaluate.benchmark import COLUMNS, Results, Setting, benchmark, comparisons, ratios, save, settings_grid, summarise, table, text, turns
 from vidgen.evaluate.compare import table_csv
+from vidgen.evaluate.timing import HostPeak
+from vidgen.models import family
 from vidgen.world import parse, render, scene
 
 STAR = "a red star moving left on a white background"
@@ -31,7 +33,7 @@ PROMPTS = [STAR, "a blue circle moving up on a grey background", "a green square
 def clock(monkeypatch):
     "Time that only passes when somebody says so."
     now = SimpleNamespace(value=0.0)
-    monkeypatch.setattr(bench.time, "perf_counter", lambda: now.value)
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: now.value)
     return now
 
 
@@ -172,6 +174,19 @@ def test_the_optimised_path_that_is_not_there_is_never_faked(clock, tmp_path):
     found = save(results, tmp_path)
     assert found["protocol"]["mode"] == "both" and found["ratios"] == [] and all(v["value"] is None and v["reason"] for v in found["settings"][1].values() if isinstance(v, dict) and "value" in v)
     assert table(found)[2].count("not measured") == 7 and "there is no optimized path yet" in text(found)
+
+
+def test_few_clips_that_all_fail_are_no_certainty(good):
+    found = good[0]["settings"][0]["as_asked"]      # three of three right
+    assert found["value"] == 1.0 and found["high"] == 1.0 and 0.3 < found["low"] < 0.5
+
+
+def test_a_score_draws_prompts_whole():
+    results = Results([Setting("a")], PROMPTS, list(range(20)), 0, {})
+    for i, prompt in enumerate(PROMPTS):
+        results.rows += [bench._row(Setting("a"), status="measured", prompt=prompt, seed=s, round=20 * i + s, seconds=1.0, frames=5, temporal_stability=0.2 + 0.3 * i) for s in range(20)]
+    found = summarise(results)["settings"][0]["temporal_stability"]
+    assert found["n"] == 60 and found["high"] - found["low"] > 0.3
 
 
 def test_a_path_put_there_is_measured(clock, monkeypatch):
@@ -388,15 +403,16 @@ def vidgen(tmp_path, monkeypatch, capsys):
 
 
 def test_smoke_both_modes_as_csv(vidgen, tmp_path):
-    status, out, err = vidgen("benchmark", "--mode", "both", "--csv", "--model", "shapes-t2v", "--steps", 1, "-n", 2, "--warm-up", 0, "--out", "kept")
+    family.save_parts(family.family("cogvideox").tiny("cogvideox-2b", words=STAR.split()), tmp_path / "tiny")
+    status, out, err = vidgen("benchmark", "--mode", "both", "--csv", "--model", tmp_path / "tiny", "--steps", 2, "-n", 2, "--warm-up", 0, "--out", "kept")
     assert status == 0, err
     rows = list(csv.DictReader(io.StringIO(out)))
     assert Counter((r["mode"], r["status"]) for r in rows) == {("baseline", "measured"): 2, ("optimized", "not measured"): 1}
     assert all(float(r["seconds"]) > 0 and float(r["denoise_seconds"]) > 0 and r["hash"] for r in rows if r["mode"] == "baseline")
     found = summary.read(tmp_path / "kept")
-    assert found["settings"][0]["as_asked"]["value"] is not None and found["settings"][1]["reason"] == "there is no optimized path yet"
+    assert found["settings"][0]["as_asked"]["reason"].startswith("only prompts of the world") and found["settings"][1]["reason"] == "there is no optimized path yet"
     run, = runs.find("benchmark", root=tmp_path / "runs")
-    assert run.status == "succeeded" and run.manifest["model_hash"]["shapes-t2v-baseline-1-steps"] == found["settings"][0]["weights"]
+    assert run.status == "succeeded" and run.manifest["model_hash"]["tiny-baseline-2-steps"] == found["settings"][0]["weights"]
 
 
 def test_only_what_is_not_there(vidgen):
