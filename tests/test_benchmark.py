@@ -343,6 +343,15 @@ def places(value, path=()):
         yield from places(inside, (*path, key))
 
 
+@pytest.mark.parametrize(("schema", "good", "bad"), [
+    ({"pattern": "^a+$"}, "aa", "ab"), ({"minItems": 2}, [1, 2], [1]), ({"minLength": 1}, "x", ""), ({"minimum": 0}, 0, -1), ({"const": 1}, 1, 2), ({"enum": ["a"]}, "a", "b"), ({"type": "integer"}, 2.0, True),
+    ({"type": ["number", "null"]}, None, "1"), ({"items": {"type": "string"}}, ["a"], ["a", 1]), ({"required": ["a"]}, {"a": 1}, {}), ({"additionalProperties": False}, {}, {"a": 1}),
+    ({"additionalProperties": {"type": "number"}}, {"a": 1}, {"a": "x"}), ({"properties": {"a": {"type": "null"}}}, {"a": None}, {"a": 1})])
+def test_each_word_by_itself(schema, good, bad):
+    for value, right in ((good, True), (bad, False)):
+        assert (summary.faults(value, schema) == []) is right is jsonschema.Draft202012Validator(schema).is_valid(value)
+
+
 def test_a_word_the_checker_does_not_know_is_an_error():
     with pytest.raises(ValueError, match="maximum"):
         summary.faults(1, {"type": "integer", "maximum": 3})

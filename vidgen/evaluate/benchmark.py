@@ -374,7 +374,8 @@ def plot_quality(found: Mapping, metric: str = "temporal_stability"):
 
 def contact_sheet(results: Results):
     "The clips of the first rounds, the settings of a round below one another; None when there is none."
-    rows = [(key, clip) for key, clip in sorted(results.clips.items(), key=lambda item: item[0][1])]
+    places = {s.name: i for i, s in enumerate(results.settings)}
+    rows = sorted(results.clips.items(), key=lambda item: (item[0][1], places[item[0][0]]))
     return sheet([clip for _, clip in rows], [f"{setting}: {clip.made.get('prompt', '')}" for (setting, _), clip in rows], n=6) if rows else None
 
 # %% ../../nbs/60_evaluate/695_benchmark.ipynb #5a9c47a5
