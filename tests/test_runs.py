@@ -192,6 +192,19 @@ def test_a_broken_tracker_is_reported_once_and_the_record_goes_on(tmp_path):
     assert len(caught) == 1 and len(run.metrics()) == 2 and len((run.path / "metrics.csv").read_text().splitlines()) == 3
 
 
+def test_trackers_hear_of_a_shared_file(tmp_path):
+    heard = []
+
+    class Ear(Tracker):
+        def file(self, name, path):
+            heard.append((name, path))
+
+    run = Run.create("share", {}, root=tmp_path, trackers=[Ear])
+    path = run.artifact("PROJECT_SUMMARY.json")
+    path.write_text("{}")
+    assert run.share(path) == path and heard == [("PROJECT_SUMMARY", path)]
+
+
 def test_unknown_and_missing_trackers(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="unknown tracker 'wand'; nearest: wandb"):
         Run.create("a", {}, root=tmp_path, trackers=["wand"]).log(step=1, x=1)

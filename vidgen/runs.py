@@ -448,6 +448,11 @@ class _Files(_Numbers):
         self._tell("file", name, path)
         return path
 
+    def share(self, path: Path) -> Path:
+        "Tell the trackers of a file that is finished: MLflow keeps a copy, wandb shows films and pictures."
+        self._tell("file", Path(path).stem, Path(path))
+        return Path(path)
+
     def _inside(self, folder: str, name: str) -> Path:
         base = (self.path / folder).resolve()
         path = (base / name).resolve()
