@@ -14,8 +14,10 @@ def front(
     package: str,                      # its full name, e.g. "vidgen.world"
     homes: dict[str, Iterable[str]],   # module inside the package -> the public names that live there
 ) -> tuple[Callable, Callable, list[str]]:
-    "`__getattr__`, `__dir__` and `__all__` of a package whose names and modules are imported on first use. An unknown name is an AttributeError with the nearest ones."
+    "`__getattr__`, `__dir__` and `__all__` of a package whose names and modules are imported on first use. An unknown name is an AttributeError with the nearest ones. Errors: ValueError when a name is also a module's."
     home = {name: module for module, names in homes.items() for name in names}
+    if clash := home.keys() & homes.keys():
+        raise ValueError(f"{', '.join(sorted(clash))}: a module of {package} has this name, and would take its place once it is imported")
     offered = sorted({*home, *(module for module in homes if "." not in module)})
 
     def __getattr__(name: str):

@@ -11,4 +11,16 @@ from ..lazy import front
 __getattr__, __dir__, __all__ = front("vidgen.evaluate", {
     "flow": ("Rules", "Stability", "flow_uniformity", "temporal_stability"),
     "faults": ("FAULTS", "codec", "faulty"),
+    "metric": ("Footage", "Metric", "Value"),
+    "statistics": ("Interval", "Verdict", "bootstrap", "detectable", "equivalent", "holm", "noninferior", "sign_flip"),
+    "temporal": ("cuts", "motion_smoothness", "shots", "similarity", "similarity_metrics", "temporal_flickering", "warping_error"),
+    "distribution": ("Moments", "frechet", "fvd", "jedi", "kernel_distance", "kvd", "mmd"),
+    "backbones": ("Backbone", "Recipe", "describe", "features"),
+    "failures": ("Finding", "Limits", "examine"),
+    "alignment": ("align", "encoder"),
+    "report": ("Scores",),
+    "score": ("choose", "registry"),
+    "fairness": ("Fairness",),
+    "compare": ("Comparison",),
+    "benchmark": ("Setting",),
 })

@@ -31,11 +31,6 @@ def _stability(footage: Footage) -> Value:
     return Value(found.score, "" if found.score is not None else found.reason, found.to_dict())
 
 
-def _dynamics(footage: Footage) -> Value:
-    found = footage.stability
-    return Value(found.dynamic_degree, "" if found.score is not None else found.reason)
-
-
 def _uniformity(footage: Footage) -> Value:
     found = flow_uniformity(footage.frames, engine="tvl1")
     return Value(found, "" if found is not None else footage.stability.reason)
@@ -43,12 +38,11 @@ def _uniformity(footage: Footage) -> Value:
 
 METRICS = (
     Metric("temporal_stability", _stability, "how steadily things move", version=VERSION.rpartition("/")[2]),
-    Metric("dynamic_degree", _dynamics, "how far the fastest 5 % move; read it beside every measure of steadiness", unit="short sides per frame", direction="none"),
     Metric("flow_uniformity", _uniformity, "exp(-variance of the flow's length), by TV-L1; the literal one, easily fooled", cost="slow"),
 )
 
 # %% ../../nbs/60_evaluate/69_score.ipynb #ec770edc
-PAGES = ("score", "alignment", "suite")  # modules of vidgen.evaluate that have METRICS
+PAGES = ("score", "temporal", "failures", "alignment", "suite", "distribution")  # modules of vidgen.evaluate that have METRICS
 COSTS = ("fast", "network", "slow")
 
 

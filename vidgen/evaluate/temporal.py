@@ -335,6 +335,6 @@ METRICS = (
     Metric("warping_error@dis", warping_error, "mean square of the change that motion doesn't explain, occluded pixels left out (Lai et al.)", unit="of the squared range", direction="lower"),
     Metric("motion_smoothness@dis", motion_smoothness, "how well flow guesses each frame from its neighbours (VBench, flow for its network); stillness scores best", unit="share of the range"),
     Metric("dynamic@dis", dynamic, "does the clip move? (VBench's rule, mended)", unit="share of clips", direction="none"),
-    Metric("dynamic_degree@dis", degree, "speed of the fastest 5 % of the pixels", unit="of the short side per frame", direction="none"),
+    Metric("dynamic_degree", degree, "how far the fastest 5 % move; read it beside every measure of steadiness", unit="of the short side per frame", direction="none"),
     *similarity_metrics("colours", _own_colours, cost="fast"),
 )
