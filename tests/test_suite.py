@@ -18,7 +18,7 @@ GOOD = {"name": "x", "version": 1, "summary": "y", "prompts": [{"prompt": "a sta
 @pytest.mark.parametrize("name", names())
 def test_every_suite_that_ships_is_right(name):
     found = load(name)
-    assert found.name == name and found.version >= 1 and found.summary and 5 <= len(found) <= 64 and len(set(found)) == len(found)
+    assert found.name == name and found.version >= 1 and found.summary and 5 <= len(found) <= 100 and len(set(found)) == len(found)
     labels = [set(p.labels) for p in found.prompts]
     assert all(label == labels[0] and label for label in labels), "every prompt has the same labels"
 
