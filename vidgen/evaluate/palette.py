@@ -167,12 +167,17 @@ def foreground(
     *,
     apart: float = 10.0,   # ΔE00 from the ground
 ) -> tuple[np.ndarray, tuple[int, int, int]]:
-    "Mask (T, H, W) of what stands out from the ground, and the ground's colour."
+    "Mask (T, H, W) of what stands out from the ground, without its rim unless it is all rim, and the ground's colour."
+    import cv2
+
     border = np.ones(seen.index_THW.shape, bool)
     edge = max(1, round(0.05 * min(border.shape[1:])))
     border[:, edge:-edge, edge:-edge] = False
     ground = dominant(seen, k=6, where=border)
-    return (ciede2000(seen.lab_UC, ground.lab_KC[0]) > apart)[seen.index_THW], tuple(int(v) for v in ground.rgb_KC[0])
+    mask = (ciede2000(seen.lab_UC, ground.lab_KC[0]) > apart)[seen.index_THW]
+    reach = 2 * int(np.ceil(0.025 * min(mask.shape[1:]))) + 1
+    inside = np.stack([cv2.erode(m.astype(np.uint8), np.ones((reach, reach), np.uint8)) for m in mask]) > 0
+    return inside if inside.mean() >= 0.002 else mask, tuple(int(v) for v in ground.rgb_KC[0])
 
 # %% ../../nbs/60_evaluate/672_palette.ipynb #2d3d30d4
 WHERE = ("whole", "foreground")
