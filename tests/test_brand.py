@@ -214,6 +214,19 @@ def test_the_score_of_a_part_is_its_part_and_foreign_edges_count_against():
     assert whole > 0.8 > 0.6 > part and find_logo(scribble, logo).spots[0].score < 0.55
 
 
+def test_a_sum_that_forgives_and_a_quarter_that_does_not():
+    canvas = Clip(np.full((1, 64, 96, 3), 120, np.uint8))
+    for name in ("sail", "key"):
+        logo = glyph(name)
+        piece, height = marks.template(logo, 24), 24 / 64
+        field = lambda shown: marks.edges(planted(canvas, shown, scale=height * shown.rgba.shape[0] / logo.rgba.shape[0], place=(0.5, 0.5)).frames[0])
+        at = lambda scores: tuple(int(v) for v in np.unravel_index(scores.argmax(), scores.shape))
+        whole, half, turned = (field(x) for x in (logo, decoys(logo)["left half"], Logo(logo.rgba[::-1])))
+        score = {k: (float(marks.likeness(f, piece).max()), marks.fit(f, piece, *at(marks.likeness(f, piece)))) for k, f in (("whole", whole), ("half", half), ("turned", turned))}
+        assert min(score["whole"]) > 0.85 and score["half"][0] < 0.65 and score["half"][1] < 0.45 and score["turned"][1] < 0.6, score
+    assert score["turned"][1] < score["turned"][0] - 0.1  # a key: the sum alone would take it
+
+
 def test_a_logo_in_some_frames():
     clip = render(scene(3, motion="right"))
     found = find_logo(planted(clip, glyph(), frames=[0, 5, 6]).frames, glyph())
@@ -399,7 +412,8 @@ def test_a_required_colour_and_a_forbidden_neighbour():
     close = sail(logo=None, forbidden=("#e03030",))   # nearly our red: our own red is not it
     assert check(OURS, close)["forbidden #e03030"].value < 0.005
     theirs = Clip(np.where((OURS.frames == (220, 40, 40)).all(-1, keepdims=True), np.uint8((224, 48, 48)), OURS.frames))
-    assert check(theirs, close)["forbidden #e03030"].kept is False
+    found = check(theirs, close)["forbidden #e03030"]
+    assert found.kept is False and found.frames == tuple(range(17)) and check(OURS, close)["forbidden #e03030"].frames == ()
     with pytest.raises(ValueError, match="logo_presence"):
         check(planted(OURS, sail()), sail())["logo_presense"]
 

@@ -54,6 +54,7 @@ class Rules:
             most = math.inf if name in ("tolerance", "distance", "clear_space") else 1
             if not (math.isfinite(value) and 0 <= value <= most):
                 raise ValueError(f"the rule {name} is a number of 0 to {most:g}, not {value}")
+            object.__setattr__(self, name, float(value))
         _ = self.search
 
     @property

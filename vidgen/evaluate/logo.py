@@ -90,7 +90,8 @@ class Logo:
     @cached_property
     def contrast(self) -> np.ndarray:
         "A ground on which all of the logo stands out: the corner of the RGB cube, or the grey, that is farthest from its colours."
-        seen = self.rgba[self.rgba[..., 3] > 128][:, :3].astype(np.float32)
+        small = self.rgba[:: max(1, len(self.rgba) // 256), :: max(1, self.rgba.shape[1] // 256)]
+        seen = small[small[..., 3] >= small[..., 3].max() / 2][:, :3].astype(np.float32)
         grounds = np.float32([[r, g, b] for r in (0, 255) for g in (0, 255) for b in (0, 255)] + [[128] * 3])
         return max(grounds, key=lambda ground: np.quantile(np.abs(seen - ground).max(-1), 0.05))
 
