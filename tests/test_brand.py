@@ -218,8 +218,8 @@ def test_a_sum_that_forgives_and_a_quarter_that_does_not():
     canvas = Clip(np.full((1, 64, 96, 3), 120, np.uint8))
     for name in ("sail", "key"):
         logo = glyph(name)
-        piece, height = marks.template(logo, 24), 24 / 64
-        field = lambda shown: marks.edges(planted(canvas, shown, scale=height * shown.rgba.shape[0] / logo.rgba.shape[0], place=(0.5, 0.5)).frames[0])
+        piece, whole_height = marks.template(logo, 24), logo.rgba.shape[0]
+        field = lambda shown, of=whole_height: marks.edges(planted(canvas, shown, scale=24 / 64 * shown.rgba.shape[0] / of, place=(0.5, 0.5)).frames[0])
         at = lambda scores: tuple(int(v) for v in np.unravel_index(scores.argmax(), scores.shape))
         whole, half, turned = (field(x) for x in (logo, decoys(logo)["left half"], Logo(logo.rgba[::-1])))
         score = {k: (float(marks.likeness(f, piece).max()), marks.fit(f, piece, *at(marks.likeness(f, piece)))) for k, f in (("whole", whole), ("half", half), ("turned", turned))}

@@ -33,8 +33,8 @@ def _cover(rgba: np.ndarray) -> np.ndarray:
 
 
 @dataclass(frozen=True, eq=False)
-class Logo:
-    "A logo's picture, cut to what is visible. Errors: ValueError for an array that is no picture, or shows nothing."
+class _Picture:
+    "The value of a logo."
     rgba: np.ndarray   # uint8 (h, w, 4)
 
     def __post_init__(self):
@@ -53,6 +53,10 @@ class Logo:
 
     aspect = property(lambda self: self.rgba.shape[1] / self.rgba.shape[0], doc="Width over height.")
     __repr__ = lambda self: f"Logo({self.rgba.shape[1]}x{self.rgba.shape[0]})"
+
+# %% ../../nbs/60_evaluate/673_logo.ipynb #559bae39
+class Logo(_Picture):
+    "A logo's picture, cut to what is visible. Errors: ValueError for an array that is no picture, or shows nothing."
 
     @classmethod
     def open(cls, path: str | Path) -> "Logo":
@@ -174,14 +178,6 @@ def edges(picture: np.ndarray) -> np.ndarray:
     weight = length / (cv2.dilate(length, np.ones((5, 5), np.uint8)) + _FLOOR)
     return np.stack([dx * dx - dy * dy, 2 * dx * dy], -1) * (weight / np.maximum(length, 1e-6) ** 2)[..., None]
 
-
-def _picture_of(e: np.ndarray) -> np.ndarray:
-    "An edge field as colours: hue is direction, brightness strength."
-    import cv2
-
-    angle, length = np.arctan2(e[..., 1], e[..., 0]), np.hypot(e[..., 0], e[..., 1])
-    return cv2.cvtColor(np.dstack([(angle % (2 * np.pi)) * 90 / np.pi, np.full_like(angle, 200), 255 * length.clip(0, 1)]).astype(np.uint8), cv2.COLOR_HSV2RGB)
-
 # %% ../../nbs/60_evaluate/673_logo.ipynb #a7207e19
 _RIM = 2  # pixels around the logo that belong to the template, where its outline's slope is
 
@@ -268,7 +264,7 @@ class Search:
             raise ValueError(f"a logo of {logo.rgba.shape[1]}:{logo.rgba.shape[0]} fits into a frame of {width}x{height} at no size from {self.smallest:g} to {self.largest:g} of its short side with at least 8 pixels")
         return found
 
-
+# %% ../../nbs/60_evaluate/673_logo.ipynb #492cda9d
 _template = lru_cache(maxsize=256)(template)
 
 
@@ -365,7 +361,7 @@ class Sightings:
         frames = np.flatnonzero(self.present)
         return float(stays.mean()), {"sightings": len(seen), "wander_rms": float(np.sqrt((away**2).mean())), "wander_most": float(away.max()), "strays": frames[~stays].tolist()}
 
-
+# %% ../../nbs/60_evaluate/673_logo.ipynb #4991d4e4
 def find_logo(
     frames: np.ndarray,          # uint8 (T, H, W, 3)
     logo: Logo,
