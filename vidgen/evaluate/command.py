@@ -54,6 +54,7 @@ def evaluate(
     path: Annotated[str, typer.Argument(help="A folder of clips (e.g. a run's), or one clip.", show_default=False)],
     reference: Annotated[str | None, typer.Option(help="Clips to compare with: a folder.", show_default=False)] = None,
     suite: Annotated[str | None, typer.Option(help="A prompt suite: world, press, brand, short, long, edge-cases, fairness, fairness-world, or a YAML file.", show_default=False)] = None,
+    brand: Annotated[str | None, typer.Option(help="A brand file (JSON): palette, logo, rules.", show_default=False)] = None,
     prompts: Annotated[str | None, typer.Option(help="A file of prompts: .txt, one a line in the order of the names, or .json by file name.", show_default="those the clips carry")] = None,
     metrics: Annotated[str, typer.Option(help="all, fast, network, slow, names, -name to leave one out; with commas.")] = "all",
     out: Annotated[str | None, typer.Option(help="Folder for the report.", show_default="into the run")] = None,
@@ -65,14 +66,15 @@ def evaluate(
 ) -> None:
     "Measure clips with every metric, and write a report."
     from vidgen.evaluate import score as page
+    from vidgen.evaluate.brand import Brand
     from vidgen.evaluate.suite import load
     from vidgen.generate.command import check_machine
 
     check_machine(device, "auto")
-    page.choose(metrics), page.gather(path, prompts), suite and load(suite), reference and page.gather(reference)
-    params = dict(path=path, reference=reference, suite=suite, prompts=prompts, metrics=metrics, device=device)
+    page.choose(metrics), suite and load(suite), brand and Brand.load(brand), page.gather(path, prompts), reference and page.gather(reference)
+    params = dict(path=path, reference=reference, suite=suite, brand=brand, prompts=prompts, metrics=metrics, device=device)
     with _record({k: v for k, v in params.items() if v}, not no_run) as run:
-        options = dict(prompts=prompts, reference=reference, suite=suite, metrics=metrics, device=device, workers=workers, cache=not no_cache)
+        options = dict(prompts=prompts, reference=reference, suite=suite, brand=brand, metrics=metrics, device=device, workers=workers, cache=not no_cache)
         found = page.score(path, **options)
         folder = Path(out).expanduser() if out else run.path / "artifacts" / "report" if run else None
         if folder:

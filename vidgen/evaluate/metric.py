@@ -33,9 +33,10 @@ class Value:
 class Footage:
     "A clip under measurement, with its prompt. Everything is computed on first use. Errors: those of `frames_of`."
 
-    def __init__(self, clip, prompt: str | None = None, *, fps: float | None = None):
+    def __init__(self, clip, prompt: str | None = None, *, fps: float | None = None, brand=None):
         self.frames, self.prompt = frames_of(clip), prompt    # uint8 (T, H, W, 3)
         self.fps = float(fps or getattr(clip, "fps", 0) or 8.0)
+        self.brand = brand                                    # the Brand it should keep to, if any
         self.start = 0                                        # which frame of the whole clip is its first
         self._kept: dict[Callable, object] = {}
 
@@ -86,14 +87,15 @@ class Footage:
 
     def part(self, start: int, stop: int) -> "Footage":
         "The frames from `start` to before `stop` as footage of their own. What is known of them already is not computed again."
-        piece = Footage(self.frames[start:stop], self.prompt, fps=self.fps)
+        piece = Footage(self.frames[start:stop], self.prompt, fps=self.fps, brand=self.brand)
         piece.start = self.start + start
         for names, end in ((("small", "luma"), stop), (("flows", "flows_back", "motion", "differences"), stop - 1)):
             piece.__dict__.update({name: self.__dict__[name][start:end] for name in names if name in self.__dict__})
         return piece
 
 # %% ../../nbs/60_evaluate/63_metric.ipynb #b65dd865
-NEEDS = {"prompt": "one prompt per clip", "reference": "clips to compare with", "world": "prompts of the world of shapes"}
+NEEDS = {"prompt": "one prompt per clip", "reference": "clips to compare with", "world": "prompts of the world of shapes",
+         "brand": "a brand file: brand=…"}
 
 
 @dataclass(frozen=True)

@@ -42,7 +42,7 @@ METRICS = (
 )
 
 # %% ../../nbs/60_evaluate/69_score.ipynb #ec770edc
-PAGES = ("score", "temporal", "failures", "alignment", "suite", "distribution")  # modules of vidgen.evaluate that have METRICS
+PAGES = ("score", "temporal", "failures", "alignment", "suite", "brand", "distribution")  # modules of vidgen.evaluate that have METRICS
 COSTS = ("fast", "network", "slow")
 
 
@@ -225,6 +225,7 @@ def score(
     prompts=None,                         # a list, a dict by file name, or a file; None: those the clips carry
     reference=None,                       # clips to compare with, as `clips`
     suite=None,                           # a prompt suite's name, file or Suite: labels the clips, and says what is missing
+    brand=None,                           # a brand file or a Brand: colours and a logo to keep to
     metrics="all",                        # see `choose`
     device: str = "auto",                 # for networks; auto = the first GPU, else the CPU
     workers: int = 0,                     # processes; 0 and 1: this one
@@ -237,9 +238,10 @@ def score(
     began, chosen, items = time.monotonic(), choose(metrics), gather(clips, prompts)
     other = None if reference is None else gather(reference)
     asked = suite if suite is None else importlib.import_module("vidgen.evaluate.suite").load(suite)
+    mark = brand if brand is None else importlib.import_module("vidgen.evaluate.brand").Brand.of(brand)
     folder = store.cache_dir() / "scores" if cache is True else Path(cache).expanduser() if cache else None
     nets = tuple(dict.fromkeys(m.backbone for m in chosen if m.kind == "set")) if other else ()
-    plan = Plan(tuple(m for m in chosen if m.kind == "clip"), nets, device, folder)
+    plan = Plan(tuple(m for m in chosen if m.kind == "clip"), nets, device, folder, mark)
     with bar("evaluate") as shown:
         visits, broken = _visits(items, plan, workers, progress or shown, cancel, "clips")
         known, lost = _visits(other, Plan((), nets, device, folder), workers, progress or shown, cancel, "reference") if nets else (None, [])
@@ -249,7 +251,7 @@ def score(
     table = [dict(name=v.name, key=v.key, prompt=v.prompt, **{k: f for k, f in v.facts.items() if k != "prompt"}, values=v.values, reasons=v.reasons) for v in visits]
     if asked:
         said += asked.label(table)
-    about = _about(visits, known, device=device, seconds=round(time.monotonic() - began, 2), suite=asked and f"{asked.name}/{asked.version}")
+    about = _about(visits, known, device=device, seconds=round(time.monotonic() - began, 2), suite=asked and f"{asked.name}/{asked.version}", brand=mark and f"{mark.name}/{mark.version} {mark.hash[:16]}")
     found = Scores(rows, table, broken + rest, said, about, {}, [v.details for v in visits])
     for page in pages():
         found.tables.update(getattr(page, "tables", lambda _: {})(found))

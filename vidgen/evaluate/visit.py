@@ -21,7 +21,7 @@ from .. import store
 from ..clip import Clip
 from ..data.manifest import Sample, content
 from ..errors import unknown
-from .metric import Footage, Metric
+from .metric import NEEDS, Footage, Metric
 from .report import pack, plain
 from .suite import of_world
 
@@ -134,13 +134,14 @@ def weights_key(backbone: str) -> str:
     return str(backbones.load(backbone).hash)[:16]
 
 
-def value_key(metric: Metric, prompt: str | None) -> str | None:
+def value_key(metric: Metric, prompt: str | None, brand=None) -> str | None:
     "Where a value is kept; None when it must not be."
     measure = getattr(metric.measure, "func", metric.measure)
     if not getattr(measure, "__module__", "").startswith("vidgen."):
         return None
     parts = [metric.name, metric.version, weights_key(metric.backbone) if metric.backbone else ""]
     parts.append(hashlib.sha256(prompt.encode()).hexdigest()[:16] if prompt and {"prompt", "world"} & set(metric.needs) else "")
+    parts += [brand.hash[:16]] if "brand" in metric.needs else []
     return "/".join(parts)
 
 # %% ../../nbs/60_evaluate/689_visit.ipynb #d8c2aa56
@@ -151,6 +152,7 @@ class Plan:
     backbones: tuple[str, ...] = ()
     device: str = "auto"
     cache: Path | None = None
+    brand: object = None   # the Brand that clips should keep to
 
     def read(self, key: str) -> dict:
         "What is known of a clip; a damaged or foreign file counts as nothing."
@@ -200,7 +202,7 @@ class _Look:
 
     @cached_property
     def footage(self) -> Footage:
-        footage = Footage(self.clip, self.prompt)
+        footage = Footage(self.clip, self.prompt, brand=self.plan.brand)
         footage.device = self.plan.device
         return footage
 
@@ -208,8 +210,10 @@ class _Look:
         "value, reason and detail of one metric."
         if "prompt" in metric.needs and self.prompt is None or "world" in metric.needs and not of_world(self.prompt):
             return {"value": None, "reason": "no prompt" if self.prompt is None else "not a prompt of the world of shapes", "detail": {}}
+        if "brand" in metric.needs and self.plan.brand is None:
+            return {"value": None, "reason": f"needs {NEEDS['brand']}", "detail": {}}
         try:
-            key = value_key(metric, self.prompt) if self.plan.cache else None
+            key = value_key(metric, self.prompt, self.plan.brand) if self.plan.cache else None
             if key in self.known["values"]:
                 return self.known["values"][key]
             found = metric(self.footage)
