@@ -36,8 +36,8 @@ class Scene:
     colour: str
     motion: str
     background: str
-    radius: float = 0.19   # of the circle of equal area, at the clip's middle
-    travel: float = 0.28   # distance covered during the clip; for growing: gain in radius over the mean radius, halved range
+    radius: float = 0.22   # of the circle of equal area, at the clip's middle
+    travel: float = 0.24   # distance covered during the clip; for growing: gain in radius over the mean radius, halved range
     x: float = 0.5
     y: float = 0.5
 
@@ -173,8 +173,8 @@ def scene(
 
 def place(rng: np.random.Generator, shape: str, motion: str, aspect: float = 1.5, margin: float = 0.02) -> dict:
     "Random radius, travel and centre such that the shape never leaves the frame."
-    radius = rng.uniform(0.17, 0.21) if motion != "growing" else rng.uniform(0.185, 0.205)
-    travel = rng.uniform(0.22, 0.34) if motion != "growing" else rng.uniform(0.25, 0.35)
+    radius = rng.uniform(0.21, 0.245) if motion != "growing" else rng.uniform(0.205, 0.225)
+    travel = rng.uniform(0.20, 0.27) if motion != "growing" else rng.uniform(0.22, 0.30)
     corners = polygon(shape) if shape != "circle" else np.array([[-1, -1], [1, 1]])
     largest = radius * (1 + travel) if motion == "growing" else radius
     low, high = largest * corners.min(0), largest * corners.max(0)
