@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['SHAPES', 'COLOURS', 'MOTIONS', 'BACKGROUNDS', 'ATTRIBUTES', 'PHRASINGS', 'STEPS', 'Scene', 'caption', 'parse',
-           'polygon', 'distance', 'path', 'render', 'held_out', 'combinations', 'scene', 'place', 'prompts']
+           'polygon', 'distance', 'path', 'cover', 'paint', 'render', 'held_out', 'combinations', 'scene', 'place',
+           'prompts']
 
 # %% ../../nbs/10_world/11_scenes.ipynb #61fc997e
 import hashlib
@@ -118,6 +119,31 @@ def path(scene: Scene, t_T: np.ndarray, aspect: float = 1.5):
     return scene.x * aspect + dx * shift, scene.y + dy * shift, radius
 
 # %% ../../nbs/10_world/11_scenes.ipynb #df8b80f3
+def cover(
+    scene: Scene,
+    *,
+    width: int = 96,
+    height: int = 64,
+    num_frames: int = 17,
+    window: tuple | None = None,   # (first frame, frames, top, height, left, width): only this part
+) -> np.ndarray:
+    "Share of each pixel that lies in the shape, 0..1, (F, H, W)."
+    if min(width, height, num_frames) < 1:
+        raise ValueError(f"a clip needs at least one frame and one pixel, not {num_frames} frames of {width}x{height}")
+    f0, f, top, h, left, w = window or (0, num_frames, 0, height, 0, width)
+    t = np.arange(f0, f0 + f) / max(num_frames - 1, 1)
+    cx, cy, radius = (v[:, None, None] * height for v in path(scene, t, width / height))
+    x = np.arange(left, left + w)[None, None] + 0.5 - cx
+    y = np.arange(top, top + h)[None, :, None] + 0.5 - cy
+    return np.clip(0.5 - distance(scene.shape, x / radius, y / radius) * radius, 0, 1)
+
+
+def paint(cover_FHW: np.ndarray, scene: Scene) -> np.ndarray:
+    "Frames (F, H, W, 3), uint8: the scene's colour where it covers, its background elsewhere."
+    colour, ground = np.array(COLOURS[scene.colour], float), np.array(BACKGROUNDS[scene.background], float)
+    return np.rint(ground + cover_FHW[..., None] * (colour - ground)).astype(np.uint8)
+
+# %% ../../nbs/10_world/11_scenes.ipynb #6a58c95d
 def render(
     scene: Scene,
     *,
@@ -128,16 +154,7 @@ def render(
     window: tuple | None = None,   # (first frame, frames, top, height, left, width): only this part
 ) -> Clip:
     "Draw a scene, anti-aliased and deterministic: the same scene gives the same bytes."
-    if min(width, height, num_frames) < 1:
-        raise ValueError(f"a clip needs at least one frame and one pixel, not {num_frames} frames of {width}x{height}")
-    f0, f, top, h, left, w = window or (0, num_frames, 0, height, 0, width)
-    t = np.arange(f0, f0 + f) / max(num_frames - 1, 1)
-    cx, cy, radius = (v[:, None, None] * height for v in path(scene, t, width / height))
-    x = np.arange(left, left + w)[None, None] + 0.5 - cx
-    y = np.arange(top, top + h)[None, :, None] + 0.5 - cy
-    cover = np.clip(0.5 - distance(scene.shape, x / radius, y / radius) * radius, 0, 1)[..., None]
-    colour, ground = np.array(COLOURS[scene.colour], float), np.array(BACKGROUNDS[scene.background], float)
-    frames = np.rint(ground + cover * (colour - ground)).astype(np.uint8)
+    frames = paint(cover(scene, width=width, height=height, num_frames=num_frames, window=window), scene)
     return Clip(frames, fps=fps, made={"prompt": caption(scene), "model": "world", "scene": asdict(scene)})
 
 # %% ../../nbs/10_world/11_scenes.ipynb #1fc654f7
