@@ -93,18 +93,19 @@ def blocks(cover_FHW: np.ndarray) -> np.ndarray:
 
 
 @lru_cache
-def patterns() -> np.ndarray:
-    "The commonest patterns of cover in a block, (256, 10): principal directions over 200 training scenes, the strongest first."
+def patterns() -> tuple[np.ndarray, np.ndarray]:
+    "The commonest patterns of cover in a block, (256, 10), and how loud each is to be, (10,): principal directions over 200 training scenes, their energies to the power of -0.2."
     seen = np.concatenate([blocks(cover(scene(i, held=False))).reshape(-1, 256) for i in range(200)])
-    found = np.linalg.eigh(seen.T @ seen)[1][:, ::-1][:, :OUTLINE]
-    return found * np.sign(found[np.abs(found).argmax(0), range(OUTLINE)])
+    energy, found = (v[..., ::-1][..., :OUTLINE] for v in np.linalg.eigh(seen.T @ seen))
+    return found * np.sign(found[np.abs(found).argmax(0), range(OUTLINE)]), (energy[0] / energy) ** 0.2
 
 
 def code(cover_FHW: np.ndarray, s: Scene) -> torch.Tensor:
     "What the latents of these frames ought to be, (16, F', H/8, W/8): outline, colour times cover, background."
     b = blocks(cover_FHW)
     colour, ground = (np.array(rgb) / 127.5 - 1 for rgb in (COLOURS[s.colour], BACKGROUNDS[s.background]))
-    parts = b @ patterns() / 2, 4 * b.mean(-1, keepdims=True) * colour, 1.2 * np.ones((*b.shape[:3], 1)) * ground
+    found, loud = patterns()
+    parts = b @ found * loud / 4, 1.4 * b.mean(-1, keepdims=True) * colour, 0.4 * np.ones((*b.shape[:3], 1)) * ground
     return torch.tensor(np.concatenate(parts, -1)).permute(3, 0, 1, 2).float()
 
 # %% ../../nbs/10_world/13_shapes.ipynb #0068ba7c
