@@ -277,3 +277,10 @@ def test_no_network_is_loaded():
 
     code = "import sys, vidgen.evaluate.temporal; print([m for m in ('torch', 'cv2', 'scipy', 'matplotlib') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
+
+
+def test_a_value_that_is_known_carries_no_excuse():
+    long, short = Footage(faults.textured("pan 3")), Footage(faults.textured("pan 3").frames[:2])
+    for metric in (m for m in METRICS if m.name.endswith("@colours")):
+        assert metric(long).value is not None and metric(long).reason == ""
+        assert (metric(short).reason != "") == (metric(short).value is None)

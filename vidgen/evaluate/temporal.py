@@ -309,7 +309,8 @@ def _alike(footage: Footage, of: Callable[[Footage], np.ndarray], key: str) -> V
         except ValueError as err:
             return Value(None, str(err))
         worst, cosine = found.lowest
-        return Value(getattr(found, key), "a slope takes three frames", {"lowest": [piece.start + worst, cosine], **_motion(piece)})
+        value = getattr(found, key)
+        return Value(value, "a slope takes three frames" if value is None else "", {"lowest": [piece.start + worst, cosine], **_motion(piece)})
 
     return by_shot(footage, measure, flow=False)
 
