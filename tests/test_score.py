@@ -475,3 +475,46 @@ def test_metrics_are_listed(capsys):
     assert run("metrics") == 0 and "temporal_stability" in capsys.readouterr().out
     assert run("metrics", "--json") == 0
     assert {m["name"] for m in json.loads(capsys.readouterr().out)} == set(page.registry())
+
+
+def test_the_same_frames_may_have_another_prompt(tmp_path):
+    frames = np.random.default_rng(0).integers(0, 255, (3, 40, 40, 3), dtype=np.uint8)
+    for prompt, seed in (("a red circle", 1), ("a blue square", 2), (None, None)):
+        clip = Clip(frames, made={"prompt": prompt, "seed": seed} if prompt else {})
+        found = page.score(clip, metrics=[measure(needs=("prompt",))], cache=tmp_path).clips[0]
+        assert (found["prompt"], found["seed"]) == (prompt, seed)
+
+
+def test_a_prompt_for_a_name_that_two_clips_have(tmp_path):
+    items = [visits.Item("a/x.mp4", None), visits.Item("b/x.mp4", None), visits.Item("x.mp4", None), visits.Item("y.mp4", None)]
+    found = visits.gather(items, {"b/x.mp4": "in b", "x.mp4": "on top", "y": "another"})
+    assert [i.prompt for i in found] == [None, "in b", "on top", "another"]
+    for given in ({"x.mp4": "which?"}, {"x": "which?"}):
+        with pytest.raises(ValueError, match="name each clip with its folder"):
+            visits.gather(items[:2], given)
+
+
+def test_a_prompt_file_written_on_windows(tmp_path):
+    (tmp_path / "p.txt").write_bytes(b"\xef\xbb\xbfa red circle\r\na blue square\r\n")
+    assert [i.prompt for i in visits.gather([visits.Item("a", None), visits.Item("b", None)], tmp_path / "p.txt")] == ["a red circle", "a blue square"]
+
+
+def test_seeds_of_one_prompt_are_no_findings_of_a_label_either():
+    rng = np.random.default_rng(0)
+    level = {(g, p): rng.normal(0.5, 0.2) for g in "ab" for p in range(8)}
+    clips = [{"name": f"{g}{p}-{s}", "prompt": f"{g}{p}", "labels": {"group": g}, "values": {"x": v + rng.normal(0, 0.001)}} for (g, p), v in level.items() for s in range(10)]
+    row = {"metric": "x", "value": 0.5, "kind": "clip", "direction": "higher"}
+    found, = [r for r in Scores([row], clips).by("group") if r["group"] == "a"]
+    alone = Scores([row], [c | {"prompt": None} for c in clips]).by("group")[0]
+    assert found["n"] == 80 and found["unknown"] == 0 and found["high"] - found["low"] > 2 * (alone["high"] - alone["low"])
+
+
+def test_files_that_a_spreadsheet_or_a_strange_name_can_not_break(tmp_path):
+    names, prompts = ["=1+1.mp4", "a\u2028b\x85.mp4", "c.mp4"], ['=HYPERLINK("http://x")', "@SUM(A1)", "-a, \"b\""]
+    clips = [{"name": n, "prompt": p, "values": {"x": -1.5}, "reasons": {}} for n, p in zip(names, prompts)]
+    row = {"metric": "x", "value": -1.5, "low": None, "high": None, "n": 3, "unknown": 0, "unit": "", "direction": "higher", "version": "1", "kind": "clip", "reason": ""}
+    Scores([row], clips, details=[report.pack({"x": {"at": i}}) for i in range(3)]).save(tmp_path)
+    rows = list(csv.DictReader((tmp_path / "clips.csv").open(newline="")))
+    assert [r["prompt"] for r in rows] == ["'" + p for p in prompts] and rows[0]["name"] == "'=1+1.mp4" and rows[0]["x"] == "-1.5"
+    back = Scores.read(tmp_path)
+    assert [c["prompt"] for c in back.clips] == prompts and [back.detail(i, "x")["at"] for i in range(3)] == [0, 1, 2]

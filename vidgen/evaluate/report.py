@@ -34,7 +34,8 @@ def interval(
     binary, n = bool(np.isin(values, (0.0, 1.0)).all()), len(values if clusters is None else set(clusters))
     if len(values) and binary and (clusters is None or np.ptp(values) == 0) and n > 1:
         return wilson(round(float(values.mean()) * n), n)
-    return bootstrap(values, clusters_N=clusters, seed=seed)
+    found = bootstrap(values, clusters_N=clusters, seed=seed)
+    return Interval(found.value, max(found.low, 0.0), min(found.high, 1.0), found.n) if binary and found.n > 1 else found
 
 # %% ../../nbs/60_evaluate/690_report.ipynb #3661b71f
 COLUMNS = ("metric", "value", "low", "high", "n", "unknown", "unit", "direction", "version", "reason")
@@ -116,13 +117,15 @@ class _Questions(_Table):
         if label not in self.labels:
             raise unknown("label", label, self.labels)
         groups = [clip.get("labels", {}).get(label) for clip in self.clips]
+        prompts = [p if (p := clip.get("prompt")) is not None else f"\0{i}" for i, clip in enumerate(self.clips)]
         rows = []
         for group in sorted({g for g in groups if g is not None}, key=str):
             for row in (r for r in self.rows if r.get("kind") != "set" and r["value"] is not None):
-                values = self.values(row["metric"])[[g == group for g in groups]]
-                known = values[~np.isnan(values)]
-                found = interval(known).to_dict() if len(known) else {"value": None, "low": None, "high": None, "n": 0}
-                rows.append({label: group, "metric": row["metric"]} | found | {"unknown": len(values) - len(known)})
+                values, here = self.values(row["metric"]), [i for i, g in enumerate(groups) if g == group]
+                known = [i for i in here if not np.isnan(values[i])]
+                clusters = [prompts[i] for i in known] if len({prompts[i] for i in known}) > 1 else None
+                found = interval(values[known], clusters_N=clusters).to_dict() if known else {"value": None, "low": None, "high": None}
+                rows.append({label: group, "metric": row["metric"]} | found | {"n": len(known), "unknown": len(here) - len(known)})
         return rows
 
     def log(self, run) -> None:
@@ -199,11 +202,16 @@ table{border-collapse:collapse;margin:1rem 0;font-variant-numeric:tabular-nums}t
 h1,h2{font-weight:600}img{max-width:100%;background:white}small{opacity:.7}</style>"""
 
 
+def _cell(value):
+    "A value as a spreadsheet may have it: nothing for None, and an apostrophe before text that it would run as a formula. Source: OWASP, CSV injection."
+    return "" if value is None else f"'{value}" if isinstance(value, str) and value[:1] in tuple("=+-@\t\r") else value
+
+
 def _csv(rows: list[dict], columns) -> str:
     out = io.StringIO()
     writer = csv.DictWriter(out, list(columns), extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
-    writer.writerows([{k: "" if v is None else v for k, v in row.items()} for row in rows])
+    writer.writerows([{k: _cell(v) for k, v in row.items()} for row in rows])
     return out.getvalue()
 
 
@@ -257,5 +265,5 @@ class Scores(_Shown):
         if not isinstance(facts, dict) or "rows" not in facts:
             raise ValueError(f"{file} holds no scores: it has no rows")
         lines = file.with_name("details.jsonl")
-        details = [pack({k: v for k, v in json.loads(text).items() if k != "name"}) for text in lines.read_text().splitlines()] if lines.exists() else []
+        details = [pack({k: v for k, v in json.loads(text).items() if k != "name"}) for text in lines.read_text().split("\n") if text] if lines.exists() else []
         return cls(**facts, details=details)

@@ -58,7 +58,7 @@ def _films(folder: Path) -> list[Item]:
     files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in FILMS and p.is_file() and not any(part.startswith(".") for part in inside(p).parts))
     if not files:
         raise ValueError(f"{folder} holds no clip ({', '.join(FILMS)}); pictures and PNG strips are scored when they are named one by one")
-    beside = lambda p: p.with_suffix(".txt").read_text().strip() if p.with_suffix(".txt").is_file() else None
+    beside = lambda p: p.with_suffix(".txt").read_text(encoding="utf-8-sig").strip() if p.with_suffix(".txt").is_file() else None
     return [Item(inside(p).as_posix(), p, beside(p) or None) for p in files]
 
 
@@ -82,7 +82,7 @@ def gather(
 # %% ../../nbs/60_evaluate/689_visit.ipynb #2ad64e9c
 def _read_prompts(path: Path):
     "A list or a dict of prompts from a file. Errors: FileNotFoundError, ValueError for other content."
-    text = path.expanduser().read_text()
+    text = path.expanduser().read_text(encoding="utf-8-sig")   # with or without the mark that Windows puts first
     found = json.loads(text) if path.suffix == ".json" else text.splitlines()
     if not isinstance(found, (list, dict)):
         raise ValueError(f"{path} holds a {type(found).__name__}; prompts are a list, or a dictionary by file name")
@@ -93,10 +93,14 @@ def _prompted(items: list[Item], prompts) -> list[Item]:
     "The items with prompts. Errors: ValueError for another number of them, names no clip has, or what is no text."
     prompts = _read_prompts(Path(prompts)) if isinstance(prompts, (str, os.PathLike)) else prompts
     if isinstance(prompts, dict):
-        names = {n: i for i, item in enumerate(items) for n in (Path(item.name).stem, Path(item.name).name, item.name)}
-        if strange := [n for n in prompts if n not in names]:
-            raise unknown("clip", strange[0], [item.name for item in items])
-        given = {names[n]: text for n, text in prompts.items()}
+        names = [(Path(item.name).stem, Path(item.name).name, item.name) for item in items]
+        meant = {n: [i for i, item in enumerate(items) if item.name == n] or [i for i, known in enumerate(names) if n in known] for n in prompts}
+        for n, found in meant.items():
+            if not found:
+                raise unknown("clip", n, [item.name for item in items])
+            if len(found) > 1:
+                raise ValueError(f"{n!r} may be any of {', '.join(items[i].name for i in found[:4])}; name each clip with its folder and ending, or give a list of prompts")
+        given = {meant[n][0]: text for n, text in prompts.items()}
     else:
         given = dict(enumerate(prompts))
         if len(given) != len(items):
@@ -180,7 +184,7 @@ class _Look:
 
     def __init__(self, item: Item, plan: Plan):
         self.item, self.plan, self.fresh = item, plan, False
-        self.key = content_hash(item.source)
+        self.key = content_hash(item.source if isinstance(item.source, Path) else self.clip)
         self.known = (plan.read(self.key) if plan.cache else {}) or {"values": {}}
 
     @cached_property
@@ -189,12 +193,12 @@ class _Look:
 
     @cached_property
     def facts(self) -> dict:
-        "Size, length, rate, and the prompt and seed the clip carries."
+        "Size, length, rate, and the prompt and seed the clip carries; two clips in memory may have the same frames, and each its own prompt."
+        made = lambda: {k: v if isinstance(v := self.clip.made.get(k), kind) else None for k, kind in (("prompt", str), ("seed", int))}
         if "facts" not in self.known:
             self.fresh, clip = True, self.clip
-            made = {k: v if isinstance(v := clip.made.get(k), kind) else None for k, kind in (("prompt", str), ("seed", int))}
-            self.known["facts"] = dict(num_frames=clip.num_frames, width=clip.width, height=clip.height, fps=clip.fps) | made
-        return self.known["facts"]
+            self.known["facts"] = dict(num_frames=clip.num_frames, width=clip.width, height=clip.height, fps=clip.fps) | made()
+        return self.known["facts"] if isinstance(self.item.source, Path) else self.known["facts"] | made()
 
     @cached_property
     def prompt(self) -> str | None:
