@@ -447,3 +447,19 @@ def test_prompts_of_a_file(tmp_path):
     assert benchmark_command.read_prompts(tmp_path / "a.txt") == benchmark_command.read_prompts(tmp_path / "a.yaml") == ["one", "two"]
     with pytest.raises(ValueError, match="holds no prompt"):
         benchmark_command.read_prompts(tmp_path / "none.txt")
+
+
+def test_what_would_only_come_out_at_the_end_is_said_at_the_beginning():
+    never = lambda setting, **options: pytest.fail("it was loaded")
+    with pytest.raises(ValueError, match="2 settings are called 'x-baseline'.*a/x, b/x"):
+        benchmark([Setting("a/x"), Setting("b/x")], ["p"], load=never)
+    for seed in (-1, 0.5, True):
+        with pytest.raises(ValueError, match="seeds are whole numbers from 0"):
+            benchmark([Setting("x")], ["p"], [seed], load=never)
+
+
+def test_seeds_that_all_agree_are_one_finding_a_prompt():
+    setting = Setting("x")
+    rows = [{"setting": setting.name, "status": "measured", "round": i, "prompt": str(i % 4), "as_asked": 1.0} for i in range(40)]
+    found = bench._score(Results([setting], [], [], 0, {}, rows), setting, "as_asked", "share", "")
+    assert found["n"] == 40 and found["high"] == 1 and found["low"] == pytest.approx(bench.wilson(4, 4).low)

@@ -57,6 +57,16 @@ def test_scores_are_read_with_their_directions():
         return SimpleNamespace(clips=clips, rows=[{"metric": "wobble", "direction": "lower"}])
     found = compare(scores(0.0), scores(-0.1), {"wobble": 0.05})
     assert found.verdict == "PASS" and found["wobble"].direction == "lower" and found["wobble"].wins.value == 1
+    clips = [{"name": f"{i}.mp4", "prompt": f"p{i}", "seed": None, "values": {"wobble": 0.5}} for i in range(3)]
+    table = SimpleNamespace(clips=clips, rows=[])   # as `vidgen.score` says it of clips that carry no seed
+    assert compare(table, table, {}).pairs.keys == tuple((f"p{i}", f"{i}.mp4") for i in range(3))
+
+
+def test_a_few_wins_are_no_certainty():
+    for gain, value in ((1.0, 1.0), (-1.0, 0.0), (0.0, 0.5)):
+        a, b = ([{"prompt": i, "seed": 0, "x": float(i) + g} for i in range(8)] for g in (0.0, gain))
+        found = paired(pair(a, b), "x").wins
+        assert found.value == value and found.width >= unseen(8) and 0 <= found.low <= value <= found.high <= 1
 
 
 # one metric

@@ -165,6 +165,15 @@ def _one(setting: Setting, gen, prompt: str, seed: int, image, facts: dict) -> t
 KEPT = 3  # rounds whose clips are kept for the contact sheet
 
 
+def _sound(settings: Sequence[Setting], seeds: Sequence[int]) -> None:
+    "Errors: ValueError for what would only come out at the end: two settings of one name, a seed that the summary can't hold."
+    names = [s.name for s in settings]
+    if double := [s for s in settings if names.count(s.name) > 1]:
+        raise ValueError(f"{len(double)} settings are called {double[0].name!r} ({', '.join(s.model for s in double)}): rows, films and the summary go by that name, so give one folder another")
+    if strange := [s for s in seeds if isinstance(s, bool) or not isinstance(s, int) or s < 0]:
+        raise ValueError(f"seeds are whole numbers from 0, not {strange[0]!r}")
+
+
 def benchmark(
     settings: Sequence[Setting],
     prompts: Sequence[str],
@@ -181,6 +190,7 @@ def benchmark(
     "Every setting on every prompt and seed, in turns. Errors: ValueError for nothing to do; Canceled; wrong requests of `load`. What fails otherwise is a row."
     if not settings or not prompts or not seeds or warm_up < 0 or len({(p, s) for p in prompts for s in seeds}) < len(prompts) * len(seeds):
         raise ValueError(f"a benchmark takes settings, prompts and seeds, each once, and warm_up from 0; here {len(settings)}, {len(prompts)}, {len(seeds)} and {warm_up}")
+    _sound(settings, seeds)
     results, named = Results(list(settings), list(prompts), list(seeds), warm_up, dict(margins)), {s.name: s for s in settings}
     loaded, pairs = _load_all(results, load, options), list(product(prompts, seeds))
     order = turns(list(loaded), len(pairs)) if loaded else []
@@ -217,7 +227,7 @@ def _told(values: np.ndarray, statistic: Callable, unit: str, direction: str, mi
     if statistic is np.max:     # the largest of all says nothing of the next
         return summary.measure(float(known.max()), n=len(known), unit=unit, direction=direction)
     found = bootstrap(known, statistic, resamples=1000).to_dict()
-    ends = {"low": min, "high": max}
+    ends = {"low": lambda end, value: max(0.0, min(end, value)), "high": max}   # seconds, rates and memory are never below 0
     return summary.measure(unit=unit, direction=direction, **{k: pick(v, found["value"]) if (pick := ends.get(k)) and v is not None else v for k, v in found.items()})
 
 
@@ -230,9 +240,10 @@ def _score(results: Results, setting: Setting, column: str, unit: str, missing: 
     found = bootstrap(values, clusters_N=[r["prompt"] for r in rows], resamples=1000)
     ends = [found.low, found.high]
     if np.isin(values, (0, 1)).all():
-        share = wilson(int(values.sum()), len(values))
+        tries = len(values) if np.ptp(values) else found.n   # where all are alike, the seeds of a prompt may have had no choice
+        share = wilson(round(float(values.mean()) * tries), tries)
         ends = [min(ends[0], share.low), max(ends[1], share.high)]
-    low, high = (float(e) if np.isfinite(e) else None for e in (min(ends[0], found.value), max(ends[1], found.value)))
+    low, high = (float(np.clip(e, 0, 1)) if np.isfinite(e) else None for e in (min(ends[0], found.value), max(ends[1], found.value)))
     return summary.measure(found.value, low=low, high=high, n=len(rows), unit=unit, direction="higher")
 
 

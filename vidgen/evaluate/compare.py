@@ -19,6 +19,7 @@ import numpy as np
 
 from ..errors import need, unknown
 from .fairness import unseen
+from .report import _cell
 from .statistics import FAIL, INCONCLUSIVE, PASS, Interval, bootstrap, holm, noninferior, sign_flip
 from ..store import atomic_path, atomic_write
 
@@ -31,7 +32,8 @@ def rows_of(
 ) -> list[dict]:
     "Rows with prompt, seed and numbers or None. Errors: ValueError for a row without prompt or seed, TypeError for words where a number belongs."
     if hasattr(side, "clips"):
-        side = [{"prompt": c.get("prompt"), "seed": c.get("seed", c.get("labels", {}).get("seed", c["name"])), **c["values"]} for c in side.clips]
+        own = lambda c: next(s for s in (c.get("seed"), c.get("labels", {}).get("seed"), c["name"]) if s is not None)
+        side = [{"prompt": c.get("prompt"), "seed": own(c), **c["values"]} for c in side.clips]
     rows = []
     for row in side:
         if lacking := [k for k in _KEYS if row.get(k) is None]:
@@ -143,6 +145,13 @@ def _judged(gain_N: np.ndarray, clusters: list, margin: float | None, binary: bo
     return interval, verdict if margin else "", "; ".join(why)
 
 
+def _share(values_N: np.ndarray, clusters: list, options: dict) -> Interval:
+    "Interval of a share within 0..1; where all are alike, what so few prompts can still hide is added."
+    found = bootstrap(values_N, clusters_N=clusters, **options)
+    hidden = 0.0 if np.ptp(values_N) else unseen(found.n, level=options.get("level", 0.95))
+    return Interval(found.value, max(0.0, found.low - hidden), min(1.0, found.high + hidden), found.n)
+
+
 def paired(
     pairs: Pairs,
     metric: str,
@@ -165,7 +174,7 @@ def paired(
         return Paired(metric, direction, 0, 0, None, None, None, None, None, None, margin, INCONCLUSIVE if margin else "", "no pair has a number on both sides", **counts)
     a, b, sign = a[both], b[both], -1 if direction == "lower" else 1
     interval, verdict, reason = _judged(sign * (b - a), clusters, margin, bool(np.isin([a, b], (0, 1)).all()), {"seed": seed} | options)
-    wins = None if direction == "none" else bootstrap((np.sign(sign * (b - a)) + 1) / 2, clusters_N=clusters, seed=seed, **options)
+    wins = None if direction == "none" else _share((np.sign(sign * (b - a)) + 1) / 2, clusters, {"seed": seed} | options)
     return Paired(metric, direction, int(both.sum()), interval.n, float(a.mean()), float(b.mean()), _turned(interval, sign), sign_flip(b - a, clusters_N=clusters, seed=seed), None,
                   wins, margin, verdict, reason, **counts)
 
@@ -336,7 +345,7 @@ def table_csv(
     out = io.StringIO()
     writer = csv.DictWriter(out, columns or list(dict.fromkeys(k for row in rows for k in row)), lineterminator="\n", restval="")
     writer.writeheader()
-    writer.writerows(rows)
+    writer.writerows([{k: _cell(v) for k, v in row.items()} for row in rows])
     return out.getvalue()
 
 
