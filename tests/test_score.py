@@ -115,9 +115,20 @@ def test_prompts_come_from_the_clip_a_file_beside_it_a_list_or_a_dictionary(fold
     (tmp_path / "p.json").write_text(json.dumps({"1": "one"}))
     (tmp_path / "p.txt").write_text("".join(f"prompt {i}\n" for i in range(7)))
     assert prompts(prompts=tmp_path / "p.json")[1] == "one" and prompts(prompts=str(tmp_path / "p.txt"))[0] == "prompt 0"
+    (tmp_path / "p.txt").write_text((tmp_path / "p.txt").read_text().rstrip() + "\n\n\n")
+    assert prompts(prompts=tmp_path / "p.txt")[0] == "prompt 0"  # empty lines at the end are no prompts
     for wrong, says in (({"9": "x"}, "unknown clip"), (["a"], "1 prompts for 7 clips"), ({"0": " "}, "says something"), ({"0": 3}, "says something")):
         with pytest.raises(ValueError, match=says):
             prompts(prompts=wrong)
+
+
+def test_a_file_that_holds_no_prompts_is_named_and_never_read_as_lines(tmp_path):
+    clips = [render(scene(i)) for i in range(2)]
+    (tmp_path / "two.yaml").write_text("prompts:\n- a star\n")  # as many lines as clips
+    (tmp_path / "bad.json").write_text('{"0": "a star",}')
+    for name, says in (("two.yaml", "suite"), ("bad.json", "bad.json is no JSON")):
+        with pytest.raises(ValueError, match=says):
+            visits.gather(clips, tmp_path / name)
 
 
 def test_manifests_clips_and_single_things():

@@ -81,9 +81,14 @@ def gather(
 
 # %% ../../nbs/60_evaluate/689_visit.ipynb #2ad64e9c
 def _read_prompts(path: Path):
-    "A list or a dict of prompts from a file. Errors: FileNotFoundError, ValueError for other content."
+    "A list or a dict of prompts from a file; empty lines at the end of a text don't count. Errors: FileNotFoundError, ValueError for other content or another kind of file."
+    if path.suffix not in (".txt", ".json", ""):
+        raise ValueError(f"{path} is no file of prompts for clips: .txt has one a line in the order of the names, .json a list or a dictionary by file name; a YAML file of prompts is a suite (`suite=`, --suite)")
     text = path.expanduser().read_text(encoding="utf-8-sig")   # with or without the mark that Windows puts first
-    found = json.loads(text) if path.suffix == ".json" else text.splitlines()
+    try:
+        found = json.loads(text) if path.suffix == ".json" else text.rstrip().splitlines()
+    except json.JSONDecodeError as err:
+        raise ValueError(f"{path} is no JSON: {err}") from err
     if not isinstance(found, (list, dict)):
         raise ValueError(f"{path} holds a {type(found).__name__}; prompts are a list, or a dictionary by file name")
     return found
@@ -213,7 +218,7 @@ class _Look:
     def value(self, metric: Metric) -> dict:
         "value, reason and detail of one metric."
         if "prompt" in metric.needs and self.prompt is None or "world" in metric.needs and not of_world(self.prompt):
-            return {"value": None, "reason": "no prompt" if self.prompt is None else "not a prompt of the world of shapes", "detail": {}}
+            return {"value": None, "reason": "no prompt; `prompts=` or --prompts gives one" if self.prompt is None else "not a prompt of the world of shapes", "detail": {}}
         if "brand" in metric.needs and self.plan.brand is None:
             return {"value": None, "reason": f"needs {NEEDS['brand']}", "detail": {}}
         try:
