@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['SHAPES', 'COLOURS', 'MOTIONS', 'BACKGROUNDS', 'ATTRIBUTES', 'PHRASINGS', 'STEPS', 'Scene', 'caption', 'parse',
-           'polygon', 'distance', 'path', 'render', 'held_out', 'combinations', 'scene', 'place', 'prompts']
+           'polygon', 'distance', 'path', 'cover', 'paint', 'render', 'held_out', 'combinations', 'scene', 'place',
+           'prompts']
 
 # %% ../../nbs/10_world/11_scenes.ipynb #61fc997e
 import hashlib
@@ -36,8 +37,8 @@ class Scene:
     colour: str
     motion: str
     background: str
-    radius: float = 0.19   # of the circle of equal area, at the clip's middle
-    travel: float = 0.28   # distance covered during the clip; for growing: gain in radius over the mean radius, halved range
+    radius: float = 0.22   # of the circle of equal area, at the clip's middle
+    travel: float = 0.24   # distance covered during the clip; for growing: gain in radius over the mean radius, halved range
     x: float = 0.5
     y: float = 0.5
 
@@ -118,6 +119,31 @@ def path(scene: Scene, t_T: np.ndarray, aspect: float = 1.5):
     return scene.x * aspect + dx * shift, scene.y + dy * shift, radius
 
 # %% ../../nbs/10_world/11_scenes.ipynb #df8b80f3
+def cover(
+    scene: Scene,
+    *,
+    width: int = 96,
+    height: int = 64,
+    num_frames: int = 17,
+    window: tuple | None = None,   # (first frame, frames, top, height, left, width): only this part
+) -> np.ndarray:
+    "Share of each pixel that lies in the shape, 0..1, (F, H, W)."
+    if min(width, height, num_frames) < 1:
+        raise ValueError(f"a clip needs at least one frame and one pixel, not {num_frames} frames of {width}x{height}")
+    f0, f, top, h, left, w = window or (0, num_frames, 0, height, 0, width)
+    t = np.arange(f0, f0 + f) / max(num_frames - 1, 1)
+    cx, cy, radius = (v[:, None, None] * height for v in path(scene, t, width / height))
+    x = np.arange(left, left + w)[None, None] + 0.5 - cx
+    y = np.arange(top, top + h)[None, :, None] + 0.5 - cy
+    return np.clip(0.5 - distance(scene.shape, x / radius, y / radius) * radius, 0, 1)
+
+
+def paint(cover_FHW: np.ndarray, scene: Scene) -> np.ndarray:
+    "Frames (F, H, W, 3), uint8: the scene's colour where it covers, its background elsewhere."
+    colour, ground = np.array(COLOURS[scene.colour], float), np.array(BACKGROUNDS[scene.background], float)
+    return np.rint(ground + cover_FHW[..., None] * (colour - ground)).astype(np.uint8)
+
+# %% ../../nbs/10_world/11_scenes.ipynb #6a58c95d
 def render(
     scene: Scene,
     *,
@@ -128,16 +154,7 @@ def render(
     window: tuple | None = None,   # (first frame, frames, top, height, left, width): only this part
 ) -> Clip:
     "Draw a scene, anti-aliased and deterministic: the same scene gives the same bytes."
-    if min(width, height, num_frames) < 1:
-        raise ValueError(f"a clip needs at least one frame and one pixel, not {num_frames} frames of {width}x{height}")
-    f0, f, top, h, left, w = window or (0, num_frames, 0, height, 0, width)
-    t = np.arange(f0, f0 + f) / max(num_frames - 1, 1)
-    cx, cy, radius = (v[:, None, None] * height for v in path(scene, t, width / height))
-    x = np.arange(left, left + w)[None, None] + 0.5 - cx
-    y = np.arange(top, top + h)[None, :, None] + 0.5 - cy
-    cover = np.clip(0.5 - distance(scene.shape, x / radius, y / radius) * radius, 0, 1)[..., None]
-    colour, ground = np.array(COLOURS[scene.colour], float), np.array(BACKGROUNDS[scene.background], float)
-    frames = np.rint(ground + cover * (colour - ground)).astype(np.uint8)
+    frames = paint(cover(scene, width=width, height=height, num_frames=num_frames, window=window), scene)
     return Clip(frames, fps=fps, made={"prompt": caption(scene), "model": "world", "scene": asdict(scene)})
 
 # %% ../../nbs/10_world/11_scenes.ipynb #1fc654f7
@@ -173,8 +190,8 @@ def scene(
 
 def place(rng: np.random.Generator, shape: str, motion: str, aspect: float = 1.5, margin: float = 0.02) -> dict:
     "Random radius, travel and centre such that the shape never leaves the frame."
-    radius = rng.uniform(0.17, 0.21) if motion != "growing" else rng.uniform(0.185, 0.205)
-    travel = rng.uniform(0.22, 0.34) if motion != "growing" else rng.uniform(0.25, 0.35)
+    radius = rng.uniform(0.21, 0.245) if motion != "growing" else rng.uniform(0.205, 0.225)
+    travel = rng.uniform(0.20, 0.27) if motion != "growing" else rng.uniform(0.22, 0.30)
     corners = polygon(shape) if shape != "circle" else np.array([[-1, -1], [1, 1]])
     largest = radius * (1 + travel) if motion == "growing" else radius
     low, high = largest * corners.min(0), largest * corners.max(0)
