@@ -1,9 +1,11 @@
 """The loop under fire: a real kill -9, a broken checkpoint, a loss that is not a number, frozen weights."""
+import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ from torch import nn
 
 from vidgen.errors import Canceled, CorruptWeights
 from vidgen.progress import Cancel
-from vidgen.train.loop import State, TrainConfig, fit, load_state
+from vidgen.train.loop import State, TrainConfig, fit, load_state, same_config
 
 CONFIG = dict(steps=40, lr=0.05, warmup=5, save_every=5, log_every=10)
 
@@ -125,3 +127,48 @@ def test_curve_is_a_mean_of_all_losses_also_over_a_break(tmp_path):
     with pytest.raises(Canceled):
         fit(m, points, constant, config, folder=tmp_path, cancel=cancel)
     assert fit(m, points, constant, config, folder=tmp_path).curve == [[20, 1.0], [40, 1.0]]
+
+
+def muon(**more):
+    return TrainConfig(**CONFIG | more, optimizer="muon")
+
+
+def test_muon_takes_the_hidden_matrices_only():
+    state = State(line(), muon())
+    names = [[n for n, p in state.params.items() if any(p is q for group in o.param_groups for q in group["params"])] for o in state.optimizers]
+    assert names == [["0.bias", "2.weight", "2.bias"], ["0.weight"]]
+    assert [type(o).__name__ for o in State(line(), TrainConfig(**CONFIG)).optimizers] == ["AdamW"]
+
+
+def test_muon_resumes_exactly(tmp_path):
+    whole = line()
+    fit(whole, points, squared(whole), muon(), folder=tmp_path / "whole")
+    cancel = Cancel()
+    with pytest.raises(Canceled):
+        m = line()
+        fit(m, points, squared(m), muon(), folder=tmp_path / "parts", cancel=cancel, extra=lambda state: (state.step == 20 and cancel.cancel()) or {})
+    resumed = line()
+    state = fit(resumed, points, squared(resumed), muon(), folder=tmp_path / "parts")
+    assert state.step == CONFIG["steps"] and all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters()))
+
+
+def test_muon_trains_a_model_of_which_only_matrices_learn(tmp_path):
+    m = line()
+    for name, p in m.named_parameters():
+        p.requires_grad_(name == "0.weight")
+    before = m[0].weight.clone()
+    fit(m, points, squared(m), muon(), folder=tmp_path)
+    assert not torch.equal(before, m[0].weight)
+
+
+def test_an_unknown_optimizer_is_refused():
+    with pytest.raises(ValueError, match="adamw.*muon.*lion"):
+        TrainConfig(steps=1, optimizer="lion")
+
+
+def test_a_checkpoint_older_than_a_setting_had_its_default():
+    saved = json.loads(json.dumps(asdict(TrainConfig(**CONFIG))))
+    del saved["optimizer"]
+    same_config(saved, TrainConfig(**CONFIG), "old")
+    with pytest.raises(ValueError, match="optimizer adamw -> muon"):
+        same_config(saved, muon(), "old")

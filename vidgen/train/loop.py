@@ -62,10 +62,11 @@ def hidden_matrices(model: nn.Module) -> set[str]:
 def optimizers(params: dict[str, nn.Parameter], config: TrainConfig, hidden: set[str]) -> list[torch.optim.Optimizer]:
     "AdamW over everything, or Muon over the `hidden` matrices and AdamW over the rest. A group's `share` multiplies the learning rate."
     mine = hidden if config.optimizer == "muon" else set()
-    made = [torch.optim.AdamW([p for n, p in params.items() if n not in mine], lr=config.lr, betas=config.betas, weight_decay=config.weight_decay)]
-    if mine & params.keys():
-        made.append(torch.optim.Muon([p for n, p in params.items() if n in mine], lr=config.lr, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw"))
-        made[1].param_groups[0]["share"] = 3.0
+    matrices, rest = ([p for n, p in params.items() if (n in mine) == wanted] for wanted in (True, False))
+    both = dict(lr=config.lr, weight_decay=config.weight_decay)
+    made = [torch.optim.AdamW(rest, betas=config.betas, **both)] if rest else []
+    if matrices:
+        made.append(torch.optim.Muon([{"params": matrices, "share": 3.0}], adjust_lr_fn="match_rms_adamw", **both))
     return made
 
 # %% ../../nbs/50_train/51_loop.ipynb #ace99d70
@@ -122,8 +123,9 @@ def save_state(state: State, path: Path):
 
 
 def same_config(saved: dict, config: TrainConfig, path: Path):
-    "Refuse to go on under other settings: the run would record what didn't make the weights. Only how often it logs and saves may change."
+    "Refuse to go on under other settings: the run would record what didn't make the weights. Only how often it logs and saves may change; a setting that is younger than the checkpoint had its default."
     now = json.loads(json.dumps(asdict(config)))
+    saved = json.loads(json.dumps(asdict(TrainConfig(steps=1)))) | saved
     if other := [f"{k} {saved.get(k)} -> {v}" for k, v in now.items() if saved.get(k) != v and not k.endswith("_every")]:
         raise ValueError(f"{path} was trained under other settings ({'; '.join(other)}). Give it the old ones, or another folder, or delete it.")
 

@@ -151,21 +151,21 @@ def codec_loss(model, *, kl: float = 1e-4, taught: float = 0.3, frozen: bool = F
 # %% ../../nbs/10_world/13_shapes.ipynb #4a480806
 @torch.no_grad()
 def encode(model, manifest: Manifest, progress: ProgressFn | None = None) -> dict[str, torch.Tensor]:
-    "Latents of every sample in half precision: `mean`, `std` (N, C, F, H, W) of the clip and `image`, `image_std` (N, C, 1, H, W) of its first frame."
+    "Means of the latents of every sample in half precision: `clip` (N, C, F, H, W) and `image`, of its first frame alone (N, C, 1, H, W)."
     rows = []
     for i in range(0, len(manifest), 8):
         clips = torch.stack([to_tensor(sample.clip().frames) for sample in manifest[i:i + 8]]).to(model.device)
         with torch.autocast(model.device.type, torch.bfloat16):
             latent, image = model.encode(clips).latent_dist, model.encode(clips[:, :, :1]).latent_dist
-        rows.append([x.half().cpu() for x in (latent.mean, latent.std, image.mean, image.std)])
+        rows.append([x.mean.half().cpu() for x in (latent, image)])
         if progress:
             progress(Progress("latents", min(i + 8, len(manifest)), len(manifest)))
-    return dict(zip(("mean", "std", "image", "image_std"), (torch.cat(column) for column in zip(*rows))))
+    return dict(zip(("clip", "image"), (torch.cat(column) for column in zip(*rows))))
 
 
 def scaling_factor(latents: dict[str, torch.Tensor]) -> float:
     "The one scalar the pipelines know: it brings the latents to unit variance."
-    return float(1 / latents["mean"].float().std())
+    return float(1 / latents["clip"].float().std())
 
 # %% ../../nbs/10_world/13_shapes.ipynb #0ac95a75
 def written(rng: np.random.Generator, s: Scene) -> str:
@@ -189,7 +189,7 @@ def denoiser_batch(latents: dict[str, torch.Tensor], manifest: Manifest, size: i
         rows = rng.integers(0, len(scenes), size)
         texts = [written(rng, scenes[i]) for i in rows]
         ids = tok(texts, padding="max_length", max_length=MAX_TOKENS, truncation=True, return_tensors="pt").input_ids
-        return {"ids": ids} | {k: latents[k][rows].float() for k in ("mean", "std", "image", "image_std")}
+        return {"ids": ids} | {k: latents[k][rows].float() for k in ("clip", "image")}
     return batch
 
 
@@ -206,11 +206,9 @@ def denoiser_loss(model: nn.ModuleDict, scale: float, *, single: bool = False, i
     "The family's own training loss, the text encoder learning too. `single`: first frames only; `image`: the first frame is given (dropped one time in twenty)."
     device = model["transformer"].device
     parts = Parts("cogvideox", {"transformer": model["transformer"], "scheduler": scheduler()}, pipeline="", device=str(device))
-    names = ("image", "image_std") if single else ("mean", "std")
 
     def loss(rows: dict, generator: torch.Generator) -> torch.Tensor:
-        mean, std = (rows[name] for name in names)
-        z = (mean + std * torch.randn(std.shape, generator=generator)).transpose(1, 2) * scale
+        z = rows["image" if single else "clip"].transpose(1, 2) * scale
         keep = (torch.rand(len(z), 1, 1, 1, 1, generator=generator) > 0.05) * scale
         given = (rows["image"].transpose(1, 2) * keep).to(device) if image else None
         with torch.autocast(device.type, torch.bfloat16), FloatAttention() if device.type == "cpu" else nullcontext():
