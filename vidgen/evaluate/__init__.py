@@ -9,7 +9,7 @@ __all__ = []
 from ..lazy import front
 
 __getattr__, __dir__, __all__ = front("vidgen.evaluate", {
-    "flow": ("Rules", "Stability", "flow_uniformity", "temporal_stability"),
+    "flow": ("Stability", "flow_uniformity", "temporal_stability"),
     "faults": ("FAULTS", "codec", "faulty"),
     "metric": ("Footage", "Metric", "Value"),
     "statistics": ("Interval", "Verdict", "bootstrap", "detectable", "equivalent", "holm", "noninferior", "sign_flip"),

@@ -22,21 +22,24 @@ from ..runs import Run, params_hash
 
 # %% ../../nbs/60_evaluate/697_benchmark_command.ipynb #0373fdce
 def read_prompts(path: Path | str) -> list[str]:
-    "Prompts of a file: a text with one a line, or YAML with `prompts`. Errors: FileNotFoundError, ValueError."
+    "Prompts of a file: a text with one a line, a list in JSON, or YAML with `prompts`. Errors: FileNotFoundError, ValueError."
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path} with prompts, one a line")
-    if path.suffix in (".yaml", ".yml"):
+    if path.suffix in (".yaml", ".yml", ".json"):   # JSON is YAML too
         import yaml
 
-        found = yaml.safe_load(path.read_text())
+        try:
+            found = yaml.safe_load(path.read_text())
+        except yaml.YAMLError as err:
+            raise ValueError(f"{path} can't be read: {err}") from err
         found = found.get("prompts") if isinstance(found, dict) else found
         lines = [str(p.get("prompt", "")) if isinstance(p, dict) else str(p) for p in (found if isinstance(found, list) else [])]
     else:
         lines = [line.strip() for line in path.read_text().splitlines() if not line.startswith("#")]
     prompts = list(dict.fromkeys(p for p in lines if p))
     if not prompts:
-        raise ValueError(f"{path} holds no prompt; a text has one a line, YAML a list `prompts`")
+        raise ValueError(f"{path} holds no prompt; a text has one a line, JSON a list, YAML a list `prompts`")
     return prompts
 
 # %% ../../nbs/60_evaluate/697_benchmark_command.ipynb #a92974b2
@@ -102,7 +105,7 @@ def command(
     steps: Annotated[list[int] | None, typer.Option("--steps", help="Denoising steps; several: repeat.", show_default="the model's own")] = None,
     guidance: Annotated[list[float] | None, typer.Option("--guidance", help="Guidance scale; several: repeat.", show_default="the model's own")] = None,
     prompt: Annotated[list[str] | None, typer.Option("--prompt", "-p", help="What to make; several: repeat.", show_default=False)] = None,
-    prompts: Annotated[str | None, typer.Option("--prompts", help="A file of prompts: one a line, or YAML.", show_default=False)] = None,
+    prompts: Annotated[str | None, typer.Option("--prompts", help="A file of prompts: one a line, a JSON list, or YAML.", show_default=False)] = None,
     num_prompts: Annotated[int, typer.Option("--num-prompts", "-n", help="Prompts of the world of shapes, where none are given.")] = 10,
     seed: Annotated[list[int] | None, typer.Option("--seed", "-s", help="Several: repeat.", show_default="0")] = None,
     image: Annotated[str | None, typer.Option("--image", "-i", help="The first frame, for image-to-video models.", show_default=False)] = None,
