@@ -119,8 +119,10 @@ def test_false_alarms_and_the_intervals_promise():
 def test_no_difference_in_few_right_or_wrong_pairs_is_no_certainty():
     a = [{"prompt": i, "seed": 0, "right": 1.0} for i in range(20)]
     found = paired(pair(a, a), "right", margin=0.1)
-    assert found.verdict == "INCONCLUSIVE" and found.difference.high == pytest.approx(unseen(20)) and found.reason == "no pair differs"
+    assert found.verdict == "INCONCLUSIVE" and found.difference.high == pytest.approx(unseen(20, level=0.975)) and found.reason == "no pair differs"
     assert paired(pair(a, a), "right", margin=0.2).verdict == "PASS"
+    ties = compare(a, a, {"human_preference": 0.1}, directions={"right": "none"}, votes=[{"prompt": i, "seed": 0, "choice": "tie"} for i in range(20)])["human_preference"]
+    assert ties.verdict == "INCONCLUSIVE" and ties.difference.high == pytest.approx(unseen(20, level=0.975))
     nine = paired(pair(a[:9], a[:9]), "right", margin=0.9)
     assert nine.verdict == "INCONCLUSIVE" and "9 prompts" in nine.reason
 

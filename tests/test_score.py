@@ -131,6 +131,20 @@ def test_a_file_that_holds_no_prompts_is_named_and_never_read_as_lines(tmp_path)
             visits.gather(clips, tmp_path / name)
 
 
+def test_a_text_of_other_bytes_beside_a_clip_is_named(folder):
+    (folder / "0.txt").write_bytes("ein gr\u00fcner Kreis".encode("latin-1"))
+    with pytest.raises(ValueError, match="0.txt is no text in UTF-8"):
+        visits.gather(folder)
+
+
+def test_stability_is_judged_shot_by_shot():
+    shots = [render(scene(i, motion=m, background=b)) for i, m, b in ((1, "right", "white"), (2, "up", "black"))]
+    film = Clip(np.concatenate([c.frames for c in shots]), fps=8)
+    whole, *parts = (vidgen.score(c, metrics="temporal_stability", cache=False) for c in (film, *shots))
+    assert whole.detail(0, "temporal_stability")["cuts"] == [17]
+    assert whole.rows[0]["value"] == pytest.approx(np.mean([p.rows[0]["value"] for p in parts]), abs=1e-3)
+
+
 def test_manifests_clips_and_single_things():
     scores = vidgen.score(world(3, seed=5), metrics="dynamic_degree", cache=False)
     assert len(scores.clips) == 3 and scores.clips[0]["prompt"] == world(3, seed=5)[0].caption
@@ -379,6 +393,19 @@ def test_intervals():
     shared = values + 3 * rng.normal(size=40)[labels]
     assert interval(shared, clusters_N=labels).width > 2 * interval(shared).width and interval(shared, clusters_N=labels).n == 40
     assert interval([1.0] * 20, clusters_N=list("ab") * 10).n == 2 and interval([1.0] * 20, clusters_N=list("ab") * 10).low < interval([1.0] * 20).low
+
+    agreeing = np.repeat([1.0, 1.0, 1.0, 0.0], 10)
+    assert interval(agreeing, clusters_N=np.repeat(list("abcd"), 10)).width > interval([1.0, 1.0, 1.0, 0.0]).width > 2 * interval(agreeing).width   # in tens which agree
+    assert interval(agreeing, clusters_N=list(range(20)) * 2).width == pytest.approx(interval(agreeing).width, rel=0.25)
+
+
+def test_an_interval_of_shares_keeps_its_word_where_prompts_differ():
+    rng, held = np.random.default_rng(1), []
+    for _ in range(400):
+        chance = rng.beta(2, 2, 15)
+        found = interval((rng.random((15, 6)) < chance[:, None]).ravel().astype(float), clusters_N=list(np.repeat(range(15), 6)))
+        held.append(found.low <= 0.5 <= found.high)
+    assert 0.92 <= np.mean(held) <= 0.99
 
 
 def test_clips_of_one_prompt_are_drawn_together():

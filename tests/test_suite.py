@@ -149,8 +149,9 @@ def test_the_clip_is_read_once(monkeypatch):
 def test_accuracy_is_wilsons_and_agrees_with_the_oracles_own_count():
     from vidgen.world import oracle
 
-    scenes = [scene(i) for i in range(24)]
+    scenes = list({caption(s): s for s in map(scene, range(30))}.values())[:24]
     asked = [caption(scenes[(i + 1) % 24] if i % 4 == 0 else s) for i, s in enumerate(scenes)]
+    asked = [f"{text}" if asked.index(text) == i else caption(scenes[i]) for i, text in enumerate(asked)]   # a prompt belongs to one clip
     clips = [render(s) for s in scenes]
     scores = vidgen.score(clips, prompts=asked, metrics="oracle,oracle_shape,oracle_colour,oracle_motion,oracle_background", cache=False)
     truth = oracle.score(clips, asked)
@@ -175,3 +176,12 @@ def test_no_oracle_no_tables():
 
 def test_a_suite_iterates_its_texts():
     assert isinstance(load("short"), Suite) and list(load("short"))[0] == "rain" and len(load("short")) == 16
+
+
+def test_clips_of_one_prompt_count_together():
+    asked = dict(shape="star", colour="red", motion="left", background="white")
+    each = [{"prompt": f"{i % 10}", "held_out": False, "asked": asked, "read": asked | ({"shape": "circle"} if i % 10 < 3 else {})} for i in range(200)]
+    alone = [row | {"prompt": None} for row in each]
+    together, apart = (next(r for r in accuracy(found) if r["attribute"] == "shape") for found in (each, alone))
+    assert together["share"] == apart["share"] == 0.7 and together["right"] == 140
+    assert (apart["low"], apart["high"]) == pytest.approx(wilson(140, 200)) and together["high"] - together["low"] > 2.5 * (apart["high"] - apart["low"])

@@ -128,11 +128,16 @@ def _turned(interval: Interval, sign: int) -> Interval:
     return interval if sign > 0 else Interval(-interval.value, -interval.high, -interval.low, interval.n)
 
 
-def _judged(gain_N: np.ndarray, clusters: list, margin: float | None, binary: bool, options: dict) -> tuple[Interval, str, str]:
+def _each_side(options: dict) -> float:
+    "The confidence of one end of a two-sided interval."
+    return 0.5 + options.get("level", 0.95) / 2
+
+
+def _judged(gain_N: np.ndarray, clusters: list, margin: float | None, shares: bool, options: dict) -> tuple[Interval, str, str]:
     "(interval of the gain, verdict, reason)."
     prompts = len(set(clusters))
-    if binary and not gain_N.any():
-        hidden = unseen(prompts, level=options.get("level", 0.95))
+    if shares and not gain_N.any():
+        hidden = unseen(prompts, level=_each_side(options))
         interval = Interval(0.0, -hidden, hidden, prompts)
         verdict = INCONCLUSIVE if prompts < 10 or not margin or hidden >= margin else PASS
     elif margin:
@@ -148,7 +153,7 @@ def _judged(gain_N: np.ndarray, clusters: list, margin: float | None, binary: bo
 def _share(values_N: np.ndarray, clusters: list, options: dict) -> Interval:
     "Interval of a share within 0..1; where all are alike, what so few prompts can still hide is added."
     found = bootstrap(values_N, clusters_N=clusters, **options)
-    hidden = 0.0 if np.ptp(values_N) else unseen(found.n, level=options.get("level", 0.95))
+    hidden = 0.0 if np.ptp(values_N) else unseen(found.n, level=_each_side(options))
     return Interval(found.value, max(0.0, found.low - hidden), min(1.0, found.high + hidden), found.n)
 
 
@@ -173,7 +178,7 @@ def paired(
     if not both.any():
         return Paired(metric, direction, 0, 0, None, None, None, None, None, None, margin, INCONCLUSIVE if margin else "", "no pair has a number on both sides", **counts)
     a, b, sign = a[both], b[both], -1 if direction == "lower" else 1
-    interval, verdict, reason = _judged(sign * (b - a), clusters, margin, bool(np.isin([a, b], (0, 1)).all()), {"seed": seed} | options)
+    interval, verdict, reason = _judged(sign * (b - a), clusters, margin, bool(np.isin([a, b], (0, 0.5, 1)).all()), {"seed": seed} | options)
     wins = None if direction == "none" else _share((np.sign(sign * (b - a)) + 1) / 2, clusters, {"seed": seed} | options)
     return Paired(metric, direction, int(both.sum()), interval.n, float(a.mean()), float(b.mean()), _turned(interval, sign), sign_flip(b - a, clusters_N=clusters, seed=seed), None,
                   wins, margin, verdict, reason, **counts)

@@ -18,24 +18,40 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import need, unknown
-from .statistics import Interval, bootstrap, wilson
+from .statistics import Interval, bootstrap
 from ..store import atomic_write
 
 # %% ../../nbs/60_evaluate/690_report.ipynb #26fc35f0
+def _worth(values_N: np.ndarray, clusters: list) -> float:
+    "How many independent yes-or-no values clustered ones are worth; as many as there are clusters where all are alike. Source: Korn and Graubard 1998, sec. 2."
+    from scipy.special import stdtrit
+
+    place = {name: i for i, name in enumerate(dict.fromkeys(clusters))}
+    index, mean, count = [place[name] for name in clusters], values_N.mean(), len(place)
+    if np.ptp(values_N) == 0:
+        return float(count)
+    spread = count / (count - 1) * (np.bincount(index, values_N - mean) ** 2).sum() / len(values_N) ** 2
+    least = mean * (1 - mean) / len(values_N)   # the variance of as many independent ones
+    return float(len(values_N) * min(1.0, least / spread * (1.96 / stdtrit(count - 1, 0.975)) ** 2)) if spread else float(len(values_N))
+
+
 def interval(
     values_N,               # finite numbers
     *,
     clusters_N=None,        # label of each value; values that share one are not independent
     seed: int = 0,
 ) -> Interval:
-    "Mean with its 95 % interval: Wilson's for yes and no (1 and 0), else BCa bootstrap. One value has no interval: its ends are infinite. Errors: those of `bootstrap`."
+    "Mean with its 95 % interval: Wilson's for yes and no (1 and 0), else BCa bootstrap. One value has no interval: its ends are infinite. Errors: those of `bootstrap`. Source: Korn and Graubard 1998, for clusters."
     values = np.asarray(values_N, float)
     clusters = None if clusters_N is None or len(set(clusters_N)) == len(values) else list(clusters_N)
-    binary, n = bool(np.isin(values, (0.0, 1.0)).all()), len(values if clusters is None else set(clusters))
-    if len(values) and binary and (clusters is None or np.ptp(values) == 0) and n > 1:
-        return wilson(round(float(values.mean()) * n), n)
-    found = bootstrap(values, clusters_N=clusters, seed=seed)
-    return Interval(found.value, max(found.low, 0.0), min(found.high, 1.0), found.n) if binary and found.n > 1 else found
+    n = len(values if clusters is None else set(clusters))
+    if not len(values) or not np.isin(values, (0.0, 1.0)).all() or n < 2:
+        return bootstrap(values, clusters_N=clusters, seed=seed)
+    from vidgen.world.oracle import wilson as ends
+
+    mean, worth = float(values.mean()), float(n) if clusters is None else _worth(values, clusters)
+    low, high = ends(min(mean * worth, worth), worth)
+    return Interval(mean, min(low, mean), max(high, mean), n)
 
 # %% ../../nbs/60_evaluate/690_report.ipynb #3661b71f
 COLUMNS = ("metric", "value", "low", "high", "n", "unknown", "unit", "direction", "version", "reason")

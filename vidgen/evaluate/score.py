@@ -22,13 +22,17 @@ from ..errors import unknown
 from .flow import VERSION, flow_uniformity
 from .metric import NEEDS, Footage, Metric, Value
 from .report import Scores, interval, plain
+from .temporal import by_shot
 from .visit import Item, Plan, Visit, gather, visit
 from ..progress import Cancel, Progress, ProgressFn, bar
 
 # %% ../../nbs/60_evaluate/69_score.ipynb #600245d4
 def _stability(footage: Footage) -> Value:
-    found = footage.stability
-    return Value(found.score, "" if found.score is not None else found.reason, found.to_dict())
+    def of_shot(piece: Footage) -> Value:
+        found = piece.stability
+        return Value(found.score, "" if found.score is not None else found.reason, found.to_dict())
+
+    return by_shot(footage, of_shot, flow=False)
 
 
 def _uniformity(footage: Footage) -> Value:
@@ -37,7 +41,7 @@ def _uniformity(footage: Footage) -> Value:
 
 
 METRICS = (
-    Metric("temporal_stability", _stability, "how steadily things move", version=VERSION.rpartition("/")[2]),
+    Metric("temporal_stability", _stability, "how steadily things move, shot by shot", version=f"{VERSION.rpartition('/')[2]}, by shot"),
     Metric("flow_uniformity", _uniformity, "exp(-variance of the flow's length), by TV-L1; the literal one, easily fooled", cost="slow"),
 )
 

@@ -169,11 +169,10 @@ METRICS = (
 
 # %% ../../nbs/60_evaluate/692_suite.ipynb #914dd7b5
 def tables(scores) -> dict[str, list[dict]]:
-    "Accuracy by attribute and held-out status with Wilson's intervals, and one confusion table per attribute; empty without oracle values."
+    "Accuracy by attribute and held-out status with 95 % intervals, and one confusion table per attribute; empty without oracle values."
     if not any(row["metric"] == "oracle" and row["value"] is not None for row in scores.rows):
         return {}
-    found = [scores.detail(i, "oracle") for i in range(len(scores.clips))]
-    found = [f for f in found if f]
+    found = [{"prompt": clip.get("prompt")} | detail for i, clip in enumerate(scores.clips) if (detail := scores.detail(i, "oracle"))]
     shown = {"Oracle: accuracy": accuracy(found)}
     for name in ATTRIBUTES:
         pairs = Counter((f["asked"][name], f["read"][name]) for f in found if name in f["asked"])
@@ -183,15 +182,17 @@ def tables(scores) -> dict[str, list[dict]]:
 
 
 def accuracy(found: list[dict]) -> list[dict]:
-    "Rows of right, asked, share, low, high for each attribute and all, over all clips, training combinations and held-out ones."
-    from vidgen.evaluate.statistics import wilson
+    "Rows of right, asked, share, low, high for each attribute and all, over all clips, training combinations and held-out ones. Wilson's intervals; clips that share a prompt are drawn together."
+    from vidgen.evaluate.report import interval
 
     rows = []
     for status, wanted in (("all", (True, False, None)), ("training", (False,)), ("held out", (True,))):
         clips = [f for f in found if f["held_out"] in wanted]
-        marks = {name: [f["read"][name] == f["asked"][name] for f in clips if name in f["asked"]] for name in ATTRIBUTES}
-        for name, ok in (marks | {"all": [f["read"] == f["asked"] for f in clips]}).items():
-            if ok:
-                sure = wilson(sum(ok), len(ok))
+        texts = [i if f.get("prompt") is None else f["prompt"] for i, f in enumerate(clips)]
+        marks = {name: [(f["read"][name] == f["asked"][name], t) for f, t in zip(clips, texts) if name in f["asked"]] for name in ATTRIBUTES}
+        for name, marked in (marks | {"all": [(f["read"] == f["asked"], t) for f, t in zip(clips, texts)]}).items():
+            if marked:
+                ok, prompts = zip(*marked)
+                sure = interval(ok, clusters_N=prompts)
                 rows.append({"combination": status, "attribute": name, "right": sum(ok), "asked": len(ok), "share": sure.value, "low": sure.low, "high": sure.high})
     return rows

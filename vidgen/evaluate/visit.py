@@ -52,14 +52,21 @@ def _item(thing, i: int) -> Item:
     return Item(f"clip-{i:04d}", clip)
 
 
+def _text(path: Path) -> str:
+    "A text, with or without the mark that Windows puts first. Errors: ValueError for other bytes than UTF-8."
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as err:
+        raise ValueError(f"{path} is no text in UTF-8; save it as that, or move it away") from err
+
+
 def _films(folder: Path) -> list[Item]:
     "The films in a folder and its folders, by name; a text file beside one is its prompt. Errors: ValueError when there are none."
     inside = lambda p: p.relative_to(folder)
     files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in FILMS and p.is_file() and not any(part.startswith(".") for part in inside(p).parts))
     if not files:
         raise ValueError(f"{folder} holds no clip ({', '.join(FILMS)}); pictures and PNG strips are scored when they are named one by one")
-    beside = lambda p: p.with_suffix(".txt").read_text(encoding="utf-8-sig").strip() if p.with_suffix(".txt").is_file() else None
-    return [Item(inside(p).as_posix(), p, beside(p) or None) for p in files]
+    return [Item(inside(p).as_posix(), p, _text(beside).strip() or None if (beside := p.with_suffix(".txt")).is_file() else None) for p in files]
 
 
 def gather(
@@ -84,7 +91,7 @@ def _read_prompts(path: Path):
     "A list or a dict of prompts from a file; empty lines at the end of a text don't count. Errors: FileNotFoundError, ValueError for other content or another kind of file."
     if path.suffix not in (".txt", ".json", ""):
         raise ValueError(f"{path} is no file of prompts for clips: .txt has one a line in the order of the names, .json a list or a dictionary by file name; a YAML file of prompts is a suite (`suite=`, --suite)")
-    text = path.expanduser().read_text(encoding="utf-8-sig")   # with or without the mark that Windows puts first
+    text = _text(path.expanduser())
     try:
         found = json.loads(text) if path.suffix == ".json" else text.rstrip().splitlines()
     except json.JSONDecodeError as err:
