@@ -337,3 +337,7 @@ def test_a_report_shows_result_stages_and_folder(make, tmp_path):
     for part in ("seen", "a red circle", "temporal score", "0.9877", "load 1.23 · denoise 2.00", f"runs/{done.path.name}", "a: succeeded"):
         assert part in text
     assert str(tmp_path) not in text
+    curve = Run.create("b", {})
+    curve.finish(curve=list(range(1000)), seen="a star")
+    long = sweeps.report(curve)
+    assert max(map(len, long.splitlines())) < 400 and "manifest.json" in long and "a star" in long

@@ -397,7 +397,10 @@ def report(run: Run) -> str:
     def shown(value):
         return f"{value:.4g}" if isinstance(value, float) else ", ".join(map(shown, value)) if isinstance(value, list) else str(value)
 
-    rows = {k.replace("_", " "): shown(v) for k, v in run.manifest["result"].items()}
+    def brief(text):
+        return text if len(text) <= 300 else f"{text[:240]} … (whole in manifest.json)"
+
+    rows = {k.replace("_", " "): brief(shown(v)) for k, v in run.manifest["result"].items()}
     if run.manifest["stages"]:
         rows["seconds"] = " · ".join(f"{k} {v:.2f}" for k, v in run.manifest["stages"].items())
     if memory := " · ".join(f"{k.removesuffix('_gib')} {v:.2f} GiB" for k, v in run.manifest["peak_memory"].items() if v):
