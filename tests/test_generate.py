@@ -20,7 +20,7 @@ from vidgen.progress import Cancel
 
 COG = family("cogvideox")
 WORDS = "a red blue circle star moving right left on white black background".split()
-VARIANTS = {"cogvideox-2b": 17, "cogvideox-5b": 17, "cogvideox-5b-i2v": 9, "cogvideox-1.5-5b": 17, "cogvideox-1.5-5b-i2v": 33}
+VARIANTS = {"cogvideox-2b": 17, "cogvideox-5b": 17, "cogvideox-5b-i2v": 9, "cogvideox1.5-5b": 17, "cogvideox1.5-5b-i2v": 33}
 
 
 @pytest.fixture(autouse=True)

@@ -174,7 +174,7 @@ def test_a_folder_of_a_published_size_gets_that_models_defaults():
         named, found = registry.entries()[name], COG.describe({"vae": vae, "transformer": transformer_config(name)}, "tuned", task)
         for field in ("precision", "guidance", "scheduler", "num_frames", "height", "width", "num_inference_steps", "guidance_scale"):
             assert getattr(found, field) == getattr(named, field)
-    newer = COG.describe({"vae": vae, "transformer": transformer_config("cogvideox-1.5-5b") | {"num_attention_heads": 48, "attention_head_dim": 64}}, "new", "t2v")
+    newer = COG.describe({"vae": vae, "transformer": transformer_config("cogvideox1.5-5b") | {"num_attention_heads": 48, "attention_head_dim": 64}}, "new", "t2v")
     assert (newer.num_frames, newer.width, newer.height, newer.fps, newer.precision) == (81, 1360, 768, 16, "bf16")
 
 
@@ -366,7 +366,7 @@ def test_estimated_sizes_of_the_published_models():
     from vidgen.models.cogvideox import transformer_config
 
     with torch.device("meta"):
-        count = {n: sum(p.numel() for p in CogVideoXTransformer3DModel(**transformer_config(n)).parameters()) for n in ("cogvideox-2b", "cogvideox-5b-i2v", "cogvideox-1.5-5b")}
+        count = {n: sum(p.numel() for p in CogVideoXTransformer3DModel(**transformer_config(n)).parameters()) for n in ("cogvideox-2b", "cogvideox-5b-i2v", "cogvideox1.5-5b")}
     assert math.isclose(count["cogvideox-2b"], 1.69e9, rel_tol=0.02) and math.isclose(count["cogvideox-5b-i2v"], 5.6e9, rel_tol=0.02)
 
 

@@ -186,7 +186,8 @@ def shared_facts(parts: Parts, entry: Entry, plan: Plan, weights: str, request: 
     "What all clips of a request have in common: the model, how it ran, on what."
     asked = {k: getattr(request, k) for k in ("num_frames", "height", "width", "num_inference_steps", "guidance_scale", "guidance")}
     return {"model": entry.name, "family": entry.family, "task": entry.task, "weights": weights, "scheduler": type(parts.scheduler).__name__, **asked,
-            "fps": entry.fps, "precision": parts.precision, "device": parts.device, "plan": plan.as_dict(), "versions": versions(), "peak_gib": peak_gib(parts.device)}
+            "fps": entry.fps, "precision": parts.precision, "device": parts.device, "plan": plan.as_dict(), "versions": versions(), "peak_gib": peak_gib(parts.device),
+            **parts.family.facts(parts)}
 
 
 def own_facts(entry: Entry, request: Request, i: int, notes: tuple[str, ...]) -> dict:

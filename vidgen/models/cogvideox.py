@@ -18,6 +18,7 @@ from .family import Entry, Family, Parts, Rules, Text, prompt_notes, spelled
 # %% ../../nbs/20_models/23_cogvideox.ipynb #ae5afe4f
 _APACHE, _COG = "Apache-2.0", "CogVideoX LICENSE"
 _FULL = dict(family="cogvideox", num_frames=49, height=480, width=720, fps=8, num_inference_steps=50, guidance_scale=6.0)
+_LONG = _FULL | dict(num_frames=81, height=768, width=1360, fps=16)
 _SHAPES = dict(family="cogvideox", num_frames=17, height=64, width=96, fps=8, num_inference_steps=25, guidance_scale=3.0, licence="MIT")
 _DPM = dict(precision="bf16", guidance="dynamic", scheduler="dpm", licence=_COG)
 
@@ -27,6 +28,8 @@ ENTRIES = (
     Entry("cogvideox-2b", task="t2v", precision="fp16", repo="zai-org/CogVideoX-2b", also=("THUDM/CogVideoX-2b",), licence=_APACHE, billions=6.67, **_FULL),
     Entry("cogvideox-5b", task="t2v", repo="zai-org/CogVideoX-5b", also=("THUDM/CogVideoX-5b",), billions=10.55, **_DPM, **_FULL),
     Entry("cogvideox-5b-i2v", task="i2v", repo="zai-org/CogVideoX-5b-I2V", also=("THUDM/CogVideoX-5b-I2V",), billions=10.60, **_DPM, **_FULL),
+    Entry("cogvideox1.5-5b", task="t2v", repo="zai-org/CogVideoX1.5-5B", also=("THUDM/CogVideoX1.5-5B",), billions=10.55, **_DPM, **_LONG),
+    Entry("cogvideox1.5-5b-i2v", task="i2v", repo="zai-org/CogVideoX1.5-5B-I2V", also=("THUDM/CogVideoX1.5-5B-I2V",), billions=10.55, **_DPM, **_LONG),
 )
 
 # %% ../../nbs/20_models/23_cogvideox.ipynb #2fd012cb
@@ -36,8 +39,8 @@ TRANSFORMERS = {
     "cogvideox-2b": dict(num_attention_heads=30, num_layers=30),
     "cogvideox-5b": _5B,
     "cogvideox-5b-i2v": dict(_5B, in_channels=32, use_learned_positional_embeddings=True),
-    "cogvideox-1.5-5b": _15,
-    "cogvideox-1.5-5b-i2v": dict(_15, in_channels=32, ofs_embed_dim=512),
+    "cogvideox1.5-5b": _15,
+    "cogvideox1.5-5b-i2v": dict(_15, in_channels=32, ofs_embed_dim=512),
 }
 _SMALL = dict(num_attention_heads=2, attention_head_dim=16, num_layers=2, out_channels=4, time_embed_dim=32, text_embed_dim=32, max_text_seq_length=32,
               sample_width=12, sample_height=8, sample_frames=9)
@@ -145,7 +148,7 @@ def clip_bytes(configs: dict, num_frames: int, height: int, width: int, bytes_pe
     return bytes_per_value * max(denoise, decode)
 
 # %% ../../nbs/20_models/23_cogvideox.ipynb #6a1a0e7c
-def encode_prompt(parts: Parts, prompts: list[str]) -> Text:
+def encode_prompt(parts: Parts, prompts: list[str], x_BCHW=None) -> Text:
     "Prompts -> embeddings [B, L, D], token counts and warnings. What exceeds the model's length is cut, and said."
     import torch
 
@@ -182,7 +185,7 @@ def encode_clip(parts: Parts, x_BCFHW):
     return z.permute(0, 2, 1, 3, 4) * parts.vae.config.scaling_factor
 
 
-def encode_image(parts: Parts, x_BCHW, generators: list):
+def encode_image(parts: Parts, x_BCHW, generators: list, num_frames: int = 1):
     "First frames in [-1, 1] -> z [B, 1, C, H, W]: one draw from each posterior by the clip's own generator, scaled as in training."
     import torch
 
@@ -222,7 +225,7 @@ class Sampler:
         return z.to(z_BFCHW.dtype)
 
 
-def sampler(parts: Parts, num_inference_steps: int, generators: list) -> Sampler:
+def sampler(parts: Parts, num_inference_steps: int, generators: list, shape_FCHW: tuple | None = None) -> Sampler:
     "A fresh sampler for one run; ValueError if the scheduler does not know so many steps."
     most = parts.scheduler.config.num_train_timesteps
     if not 1 <= num_inference_steps <= most:

@@ -16,7 +16,7 @@ from pathlib import Path
 from .. import settings
 from ..errors import CorruptWeights, WeightsMissing, unknown
 from . import plan as plans
-from .family import FAMILIES, Entry, Family, family, load_parts, read_configs, read_index
+from .family import FAMILIES, Entry, Family, family, later, load_parts, read_configs, read_index
 
 # %% ../../nbs/20_models/24_registry.ipynb #1d5085ea
 def entries() -> dict[str, Entry]:
@@ -101,6 +101,7 @@ def resolve(name: str | Path) -> tuple[Entry, Path]:
     for folder in [path, *(root / path for root in settings.get().model_folders())]:
         if folder.is_dir():
             return local(folder.resolve())
+    later(str(name))
     if path.is_absolute() or os.sep in str(name) or "/" in str(name):
         raise WeightsMissing(f"there is no model folder {path}; models with a name: {', '.join(entries())}")
     raise unknown("model", str(name), entries())
