@@ -11,6 +11,8 @@ from ..lazy import front
 __getattr__, __dir__, __all__ = front("vidgen.models", {
     "family": ("Family", "Entry", "Parts", "load_parts", "save_parts"),
     "plan": ("Plan",),
+    "rectified": (),
     "cogvideox": (),
+    "wan": (),
     "registry": ("entries", "find", "load", "models"),
 })

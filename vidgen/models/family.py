@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FAMILIES', 'LATER', 'PRECISIONS', 'LEFT_OUT', 'draw', 'Family', 'later', 'family', 'Entry', 'Rules', 'Text',
-           'spelled', 'prompt_notes', 'unknown_words', 'Parts', 'dtype', 'read_json', 'read_index', 'read_configs',
-           'load_component', 'quiet', 'load_parts', 'stock', 'save_parts']
+           'spelled', 'prompt_notes', 'unknown_words', 'pictures', 'Parts', 'dtype', 'read_json', 'read_index',
+           'read_configs', 'load_component', 'quiet', 'load_parts', 'stock', 'save_parts']
 
 # %% ../../nbs/20_models/21_family.ipynb #44595613
 import importlib
@@ -69,7 +69,7 @@ class Family:
     beside: Callable = _nothing   # (parts) -> components that only the stock pipeline asks for
 
 # %% ../../nbs/20_models/21_family.ipynb #32f3a6c9
-FAMILIES = {"cogvideox": "vidgen.models.cogvideox"}  # family -> the module whose FAMILY fills the record
+FAMILIES = {"cogvideox": "vidgen.models.cogvideox", "wan": "vidgen.models.wan"}  # family -> the module whose FAMILY fills the record
 
 
 LATER = {"opensora": "Open-Sora 2.0"}  # how a name begins, letters and digits alone -> what was meant
@@ -177,6 +177,14 @@ def unknown_words(tokenizer, prompt: str) -> list[str]:
         return []
     words = dict.fromkeys(w.strip(".,;:!?'\"()") for w in prompt.split())
     return [w for w in words if w and len(tokenizer.tokenize(w)) != 1]
+
+# %% ../../nbs/20_models/21_family.ipynb #638bbbe9
+def pictures(x_BCHW) -> list:
+    "Frames in [-1, 1] as PIL images, each value the nearest of 256."
+    from PIL import Image
+
+    values = ((x_BCHW.float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+    return [Image.fromarray(v) for v in values]
 
 # %% ../../nbs/20_models/21_family.ipynb #49fdf876
 class Parts:
