@@ -14,5 +14,6 @@ __getattr__, __dir__, __all__ = front("vidgen.models", {
     "rectified": (),
     "cogvideox": (),
     "wan": (),
+    "ltx": (),
     "registry": ("entries", "find", "load", "models"),
 })

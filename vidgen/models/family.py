@@ -69,7 +69,8 @@ class Family:
     beside: Callable = _nothing   # (parts) -> components that only the stock pipeline asks for
 
 # %% ../../nbs/20_models/21_family.ipynb #32f3a6c9
-FAMILIES = {"cogvideox": "vidgen.models.cogvideox", "wan": "vidgen.models.wan"}  # family -> the module whose FAMILY fills the record
+FAMILIES = {"cogvideox": "vidgen.models.cogvideox", "wan": "vidgen.models.wan",
+            "ltx": "vidgen.models.ltx"}  # family -> the module whose FAMILY fills the record
 
 
 LATER = {"opensora": "Open-Sora 2.0"}  # how a name begins, letters and digits alone -> what was meant
@@ -105,6 +106,7 @@ class Entry:
     guidance_scale: float = 6.0
     guidance: str = "constant"    # a schedule of vidgen.generate.guidance
     scheduler: str = ""           # a key of the family's schedulers; "" keeps the class the checkpoint names
+    pipeline: str = ""            # the pipeline to run where the checkpoint names another one of the same components
     repo: str = ""                # where the weights are published
     also: tuple[str, ...] = ()    # other names of that place
     licence: str = ""

@@ -242,6 +242,7 @@ def load(
 def load_scheduled(of: Family, entry: Entry, folder: Path, device: str, precision: str):
     "The components, with the entry's kind of scheduler over the checkpoint's own numbers. ValueError if the folder holds another task."
     parts = load_parts(of, folder, device=device, precision=precision)
+    parts.pipeline = entry.pipeline or parts.pipeline
     if parts.task != entry.task:
         raise ValueError(f"{folder} holds a {parts.pipeline}, but {entry.name} is a {entry.task} model: is it the right folder?")
     if entry.scheduler:
