@@ -1,4 +1,6 @@
 """What the tests of all families share: our loop and the stock pipeline asked for the same clip."""
+from contextlib import contextmanager
+
 import numpy as np
 import torch
 from PIL import Image
@@ -34,6 +36,16 @@ def theirs(pipe, prompt, *, seed=7, frames=9, steps=4, scale=3.0, negative="", i
     more |= {} if image is None else {"image": image}
     return pipe(prompt=prompt, negative_prompt=negative, num_frames=frames, height=size[0], width=size[1], num_inference_steps=steps, guidance_scale=scale,
                 generator=torch.Generator().manual_seed(seed), output_type="pt", **more).frames[0].float()
+
+
+@contextmanager
+def float_answers(parts):
+    "The transformer's answers in float32 meanwhile, as our loop takes them: some stock pipelines round the latents to half precision after every step."
+    handle = parts.transformer.register_forward_hook(lambda m, a, out: tuple(o.float() for o in out))
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def generator(parts, batch=1):

@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import LTXImageToVideoPipeline, LTXPipeline
-from families import WORDS, company, learns, ours, picture, saved, theirs
+from families import WORDS, company, float_answers, learns, ours, picture, saved, theirs
 
 from vidgen.models import registry
 from vidgen.models.family import family, load_parts, save_parts, stock
@@ -53,8 +53,11 @@ def test_comparison_can_fail():
 def test_half_precision_equals_the_stock_pipeline(name, tmp_path):
     image = picture() if "i2v" in name else None
     parts = load_parts(LTX, save_parts(tiny(name), tmp_path), precision="bf16")
-    a, b = ours(parts, "a red circle", image=image), theirs(stock(parts), "a red circle", image=image)
-    assert (a - b).abs().mean() < 2e-3 and (a - b).abs().max() < 5e-2 and torch.isfinite(a).all()
+    for scale, most, mean in ((1.0, 4e-3, 1e-3), (3.0, 0.1, 5e-3)):  # two answers from one pass are rounded otherwise than from two
+        a = ours(parts, "a red circle", image=image, scale=scale)
+        with float_answers(parts):
+            b = theirs(stock(parts), "a red circle", image=image, scale=scale)
+        assert (a - b).abs().max() < most and (a - b).abs().mean() < mean
 
 
 def test_one_folder_serves_both_names(tmp_path, monkeypatch):

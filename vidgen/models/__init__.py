@@ -15,5 +15,6 @@ __getattr__, __dir__, __all__ = front("vidgen.models", {
     "cogvideox": (),
     "wan": (),
     "ltx": (),
+    "hunyuan": (),
     "registry": ("entries", "find", "load", "models"),
 })

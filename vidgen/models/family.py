@@ -70,7 +70,7 @@ class Family:
 
 # %% ../../nbs/20_models/21_family.ipynb #32f3a6c9
 FAMILIES = {"cogvideox": "vidgen.models.cogvideox", "wan": "vidgen.models.wan",
-            "ltx": "vidgen.models.ltx"}  # family -> the module whose FAMILY fills the record
+            "ltx": "vidgen.models.ltx", "hunyuan": "vidgen.models.hunyuan"}  # family -> the module whose FAMILY fills the record
 
 
 LATER = {"opensora": "Open-Sora 2.0"}  # how a name begins, letters and digits alone -> what was meant
