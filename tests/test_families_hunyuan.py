@@ -141,7 +141,7 @@ def test_padding_does_not_reach_the_answer_but_words_do():
 def test_a_distilled_model_is_asked_once_and_told_a_thousand_times_the_scale():
     for name, sizes, told in ((T2V, [1], [6000.0]), (REPLACE, [1], [6000.0]), (CONCAT, [2], None)):
         parts, seen = tiny(name), []
-        parts.transformer.register_forward_pre_hook(lambda m, a, k: seen.append((len(k["hidden_states"]), k["guidance"])), with_kwargs=True)
+        parts.transformer.register_forward_pre_hook(lambda m, a, k, seen=seen: seen.append((len(k["hidden_states"]), k["guidance"])), with_kwargs=True)
         ours(parts, "a red circle", steps=1, scale=6.0, image=None if name == T2V else picture())
         assert [n for n, _ in seen] == sizes and (seen[0][1] if told is None else seen[0][1].tolist()) == told
 
@@ -149,7 +149,7 @@ def test_a_distilled_model_is_asked_once_and_told_a_thousand_times_the_scale():
 def test_the_first_frame_is_replaced_or_shown_beside():
     for name, channels in ((REPLACE, 4), (CONCAT, 9)):
         parts, seen = tiny(name), []
-        parts.transformer.register_forward_pre_hook(lambda m, a, k: seen.append(k["hidden_states"]), with_kwargs=True)
+        parts.transformer.register_forward_pre_hook(lambda m, a, k, seen=seen: seen.append(k["hidden_states"]), with_kwargs=True)
         ours(parts, "a red circle", steps=3, scale=1.0, image=picture())
         assert all(z.shape[1] == channels for z in seen) and not torch.equal(seen[0][:, :4, 1:], seen[1][:, :4, 1:])
         if name == REPLACE:

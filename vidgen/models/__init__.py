@@ -16,5 +16,6 @@ __getattr__, __dir__, __all__ = front("vidgen.models", {
     "wan": (),
     "ltx": (),
     "hunyuan": (),
+    "cosmos": (),
     "registry": ("entries", "find", "load", "models"),
 })

@@ -24,8 +24,9 @@ def draw(parts, shape_FCHW: tuple, generators: list, *, axes: str = "FCHW", prec
     import torch
 
     size = dict(zip("FCHW", shape_FCHW, strict=True))
-    made = [torch.randn((1, *(size[a] for a in axes)), generator=g, dtype=dtype(precision) if precision else parts.dtype) for g in generators]
-    return torch.cat(made).permute(0, *(1 + axes.index(a) for a in "FCHW")).to(parts.device)
+    kind = dtype(precision) if precision else parts.dtype
+    made = [torch.randn((1, *(size[a] for a in axes)), generator=g, dtype=kind, device=getattr(g, "device", "cpu")).to(parts.device) for g in generators]
+    return torch.cat(made).permute(0, *(1 + axes.index(a) for a in "FCHW"))
 
 
 def _as_drawn(parts, shape_FCHW, generators, extras):
@@ -70,7 +71,7 @@ class Family:
 
 # %% ../../nbs/20_models/21_family.ipynb #32f3a6c9
 FAMILIES = {"cogvideox": "vidgen.models.cogvideox", "wan": "vidgen.models.wan",
-            "ltx": "vidgen.models.ltx", "hunyuan": "vidgen.models.hunyuan"}  # family -> the module whose FAMILY fills the record
+            "ltx": "vidgen.models.ltx", "hunyuan": "vidgen.models.hunyuan", "cosmos": "vidgen.models.cosmos"}  # family -> the module whose FAMILY fills the record
 
 
 LATER = {"opensora": "Open-Sora 2.0"}  # how a name begins, letters and digits alone -> what was meant

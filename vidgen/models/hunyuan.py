@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ENTRIES', 'TRANSFORMERS', 'LENGTH', 'SCHEDULERS', 'FAMILY', 'transformer_config', 'request', 'tiny_llama_tokenizer',
-           'tiny_reader', 'tiny_clip', 'tiny_vae', 'make_scheduler', 'tiny', 'beside', 'rules', 'describe',
+           'tiny_reader', 'tiny_clip', 'tiny_vae', 'make_scheduler', 'tiny', 'unshown', 'rules', 'describe',
            'clip_bytes', 'counted', 'read', 'read_beside', 'encode_prompt', 'latent_shape', 'encode_clip',
            'encode_image', 'noise', 'decode', 'sampler', 'guidance', 'extras', 'predict']
 
@@ -138,7 +138,7 @@ def tiny(name: str = "hunyuanvideo", *, seed: int = 0, words=(), scheduler: str 
     return parts
 
 # %% ../../nbs/20_models/27_hunyuan.ipynb #3dbf6adc
-def beside(configs: dict) -> int:
+def unshown(configs: dict) -> int:
     "Latent frames that are made and not shown."
     return int(configs["transformer"].get("image_condition_type") == "latent_concat")
 
@@ -164,7 +164,7 @@ def clip_bytes(configs: dict, num_frames: int, height: int, width: int, bytes_pe
     "Bytes one clip needs at its worst moment, beside the weights: a block of one pass, or the decoder's widest layer over 16 frames. An estimate, not a measurement."
     net, vae = configs["transformer"], configs["vae"]
     patch = vae["spatial_compression_ratio"] * net["patch_size"]
-    tokens = ((num_frames - 1) // 4 + 1 + beside(configs)) * (height // patch) * (width // patch) + LENGTH
+    tokens = ((num_frames - 1) // 4 + 1 + unshown(configs)) * (height // patch) * (width // patch) + LENGTH
     denoise = 18 * tokens * net["num_attention_heads"] * net["attention_head_dim"]
     return bytes_per_value * max(denoise, 5 * vae["block_out_channels"][0] * min(num_frames, 16) * height * width)
 
@@ -190,7 +190,7 @@ def read_beside(parts: Parts, prompt: str, picture) -> tuple:
     from diffusers.pipelines.hunyuan_video.pipeline_hunyuan_video_image2video import _expand_input_ids_with_image_tokens
 
     template, crop = request("i2v")
-    config, every = parts.text_encoder.config, 2 if beside(parts.configs) else 4
+    config, every = parts.text_encoder.config, 2 if unshown(parts.configs) else 4
     given = parts.tokenizer([template.format(prompt)], max_length=LENGTH + crop, padding="max_length", truncation=True, return_attention_mask=True, return_tensors="pt").to(parts.device)
     ids, mask = given.input_ids, given.attention_mask
     ready = _expand_input_ids_with_image_tokens(ids, mask, LENGTH + crop, config.image_token_index, _IMAGE, 5, 5 + _IMAGE, config.pad_token_id)
@@ -225,7 +225,7 @@ def latent_shape(parts: Parts, num_frames: int, height: int, width: int) -> tupl
     "(F, C, H, W) of the latents that are denoised."
     vae = parts.vae.config
     side = vae.spatial_compression_ratio
-    return (num_frames - 1) // vae.temporal_compression_ratio + 1 + beside(parts.configs), vae.latent_channels, height // side, width // side
+    return (num_frames - 1) // vae.temporal_compression_ratio + 1 + unshown(parts.configs), vae.latent_channels, height // side, width // side
 
 
 def encode_clip(parts: Parts, x_BCFHW):
@@ -235,7 +235,7 @@ def encode_clip(parts: Parts, x_BCFHW):
 
 def encode_image(parts: Parts, x_BCHW, generators: list, num_frames: int) -> dict:
     "First frames in [-1, 1] -> their latents, `known_B1CHW` where they take the place of the first frame, else `shown_B1CHW`. Nothing is drawn."
-    return {"shown_B1CHW" if beside(parts.configs) else "known_B1CHW": encode_clip(parts, x_BCHW.unsqueeze(2))}
+    return {"shown_B1CHW" if unshown(parts.configs) else "known_B1CHW": encode_clip(parts, x_BCHW.unsqueeze(2))}
 
 
 def noise(parts: Parts, shape_FCHW: tuple, generators: list, extras: dict):
