@@ -293,7 +293,7 @@ def predict(parts: Parts, z_BFCHW, timestep, txt_BLD, extras: dict):
     "The estimate of the clean clip at noise level `timestep`, float32. `B` may be a multiple of the clips in `extras` (guidance asks twice in one pass)."
     import torch
 
-    two, (clips, frames, channels, rows, columns) = second(parts.configs), z_BFCHW.shape
+    two, (clips, frames, _, rows, columns) = second(parts.configs), z_BFCHW.shape
     sigma = torch.as_tensor(timestep, dtype=torch.float32, device=parts.device).expand(clips).view(-1, 1, 1, 1, 1)
     c_in, c_skip, c_out, when = wrapping(parts, sigma)
     seen, when, more = z_BFCHW * c_in, when.view(-1), {"fps": 16 if two else 30}
