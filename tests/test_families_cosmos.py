@@ -154,6 +154,16 @@ def test_the_given_frame_is_shown_with_fresh_noise_in_the_first_generation_and_c
         assert apart(seen[0], seen[1]) < 0.05
 
 
+@pytest.mark.parametrize("name, follows", [(V2W, "grey"), (NEW, "the frame")])
+def test_a_given_frame_is_encoded_as_the_beginning_of_a_whole_clip(name, follows, monkeypatch):
+    parts, seen, encode = tiny(name), [], type(tiny(name).vae).encode
+    monkeypatch.setattr(type(parts.vae), "encode", lambda vae, x, *a, **k: seen.append(x) or encode(vae, x, *a, **k))
+    ours(parts, image=picture(), steps=1)
+    theirs(stock(parts), image=picture(), steps=1)
+    assert torch.equal(*seen) and seen[0].shape == (1, 3, 9, 64, 96)
+    assert (not seen[0][:, :, 1:].any()) if follows == "grey" else torch.equal(seen[0][:, :, 0], seen[0][:, :, 8])
+
+
 def test_spread_differs_from_frame_to_frame_in_the_first_generation():
     parts, z = tiny(), torch.randn(1, 4, 4, 8, 12)
     x = COSMOS.decode(parts, z, 25)
