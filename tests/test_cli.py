@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 import zlib
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -268,20 +269,22 @@ def test_an_unwritable_folder_of_runs_names_the_way_around(vidgen, lab, monkeypa
     assert vidgen("generate", RED, "--steps", 1, "--out", "a.mp4", "--no-run")[0] == 0
 
 
-@pytest.fixture
+@contextmanager
 def small_files():
-    "No file of this process may grow beyond 2 KB: what a full disk does, on any machine."
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    yield lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (2048, before[1]))
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    signal.signal(signal.SIGXFSZ, handler)
+    "No file of this process may grow beyond 2 KB: what a full disk does, on any machine. Over before pytest writes its next dot, which may go into a file too."
+    before, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2048, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
 
 
 @pytest.mark.parametrize("name", ["a.mp4", "a.gif", "a.png"])
-def test_a_film_that_cannot_be_written_leaves_nothing(vidgen, small_files, name):
-    small_files()
-    status, out, err = vidgen("generate", RED, "--steps", 1, "--out", name, "--no-run")
+def test_a_film_that_cannot_be_written_leaves_nothing(vidgen, name):
+    with small_files():
+        status, out, err = vidgen("generate", RED, "--steps", 1, "--out", name, "--no-run")
     assert status == 1 and "stability" not in out and not made() and name in err, err
 
 

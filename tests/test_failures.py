@@ -141,6 +141,13 @@ def test_a_thing_that_stops_gently_is_not_frozen_and_a_still_is_no_failure():
     assert freeze(Footage(noisy)).found  # nearly frozen is frozen
 
 
+def test_pixels_that_turn_by_one_level_are_no_motion():
+    frames = np.repeat(render(scene(3, motion="still")).frames[:1], 17, 0).copy()
+    frames[1, 0, 0, 0] ^= 1
+    frames[14, 0, 0, 0] ^= 1
+    assert freeze(Footage(frames)).score == 0 == judder(Footage(frames)).score
+
+
 def test_black_by_the_book():
     frames = np.full((3, 100, 100, 3), 60, np.uint8)
     frames[1].reshape(-1, 3)[:9800] = 25  # 98 % under a tenth

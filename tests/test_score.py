@@ -504,6 +504,11 @@ def test_a_wrong_request_is_refused_before_anything_is_opened(folder, tmp_path, 
     assert says in capsys.readouterr().err and not (tmp_path / "runs").exists()
 
 
+def test_a_shell_hears_that_nothing_could_be_read(tmp_path):
+    (tmp_path / "bad.mp4").write_bytes(b"no film")
+    assert run("evaluate", str(tmp_path / "bad.mp4"), "--metrics", "dynamic_degree", "--no-run") == 1
+
+
 def test_evaluate_prints_json_and_keeps_no_run(folder, tmp_path, capsys):
     assert run("evaluate", str(folder), "--metrics", "dynamic_degree", "--no-run", "--json") == 0
     assert json.loads(capsys.readouterr().out)[0]["metric"] == "dynamic_degree" and not (tmp_path / "runs").exists()

@@ -58,12 +58,13 @@ def test_they_follow_the_prompt(models):
 
 
 def test_the_codec_keeps_what_the_oracle_reads(models):
-    vae, scenes = models["shapes-t2v"].parts.vae, [scene(9_100_000 + i) for i in range(40)]
+    vae, scenes = models["shapes-t2v"].parts.vae, [scene(9_100_000 + i) for i in range(32)]
     given = [render(s) for s in scenes]
     with torch.no_grad():
-        back = [vidgen.Clip.from_tensor(vae.decode(vae.encode(to_tensor(c.frames)[None]).latent_dist.mean).sample[0].clamp(-1, 1), fps=c.fps) for c in given]
+        pairs = [torch.stack([to_tensor(c.frames) for c in given[i : i + 2]]) for i in range(0, len(given), 2)]
+        back = [vidgen.Clip.from_tensor(x.clamp(-1, 1), fps=8) for pair in pairs for x in vae.decode(vae.encode(pair).latent_dist.mean).sample]
     score = oracle.score(back, [caption(s) for s in scenes])
-    assert score.right["all"] >= 39, score
+    assert score.right["all"] >= 31, score
     errors = [((a.frames.astype(float) - b.frames) ** 2).mean() for a, b in zip(given, back)]
     assert np.mean([10 * np.log10(255**2 / e) for e in errors]) >= 30
 

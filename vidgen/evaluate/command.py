@@ -83,3 +83,5 @@ def evaluate(
             found.log(run)
             run.finish(clips=len(found.clips), broken=len(found.broken), report=str(folder), metrics={r["metric"]: r["value"] for r in found.rows})
         print(json.dumps(found.rows, indent=1, ensure_ascii=False) if as_json else f"{found}\n" + (f"report: {folder / 'report.html'}" if folder else ""))
+    if not found.clips:
+        raise typer.Exit(1)

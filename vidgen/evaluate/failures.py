@@ -182,7 +182,7 @@ def _frozen(footage: Footage, limits: Limits) -> tuple[np.ndarray, np.ndarray]:
         if len(own):
             usual = float(np.quantile(own, 0.9))
             frozen[start : stop - 1] = (own <= min(max(limits.still, limits.slow * usual), 0.35 * usual)) | (own == 0)
-            moves[start : stop - 1] = own > 0.3 * usual
+            moves[start : stop - 1] = own > max(0.3 * usual, 0.1 * limits.still)   # a pixel that turns by one level is no motion
     return frozen, moves & ~frozen
 
 

@@ -226,8 +226,8 @@ def dynamic(footage: Footage) -> Value:
 
 
 def degree(footage: Footage) -> Value:
-    "Median over pairs of the speed of the fastest 5 %, as a fraction of the short side per frame."
-    return by_shot(footage, lambda piece: Value(dynamic_degree(piece.motion)))
+    "Median over pairs of the speed of the fastest 5 %, as a fraction of the short side per frame: the one that temporal stability is printed with, seen in the clip's own colours."
+    return by_shot(footage, lambda piece: Value(dynamic_degree(piece.motion) if (found := piece.stability.dynamic_degree) is None else found))
 
 # %% ../../nbs/60_evaluate/65_temporal.ipynb #7c5728e5
 @dataclass(frozen=True)
@@ -336,6 +336,6 @@ METRICS = (
     Metric("warping_error@dis", warping_error, "mean square of the change that motion doesn't explain, occluded pixels left out (Lai et al.)", unit="of the squared range", direction="lower"),
     Metric("motion_smoothness@dis", motion_smoothness, "how well flow guesses each frame from its neighbours (VBench, flow for its network); stillness scores best", unit="share of the range"),
     Metric("dynamic@dis", dynamic, "does the clip move? (VBench's rule, mended)", unit="share of clips", direction="none"),
-    Metric("dynamic_degree", degree, "how far the fastest 5 % move; read it beside every measure of steadiness", unit="of the short side per frame", direction="none"),
+    Metric("dynamic_degree", degree, "how far the fastest 5 % move; read it beside every measure of steadiness", unit="of the short side per frame", direction="none", version="2"),
     *similarity_metrics("colours", _own_colours, cost="fast"),
 )

@@ -116,7 +116,7 @@ def _prompted(items: list[Item], prompts) -> list[Item]:
     else:
         given = dict(enumerate(prompts))
         if len(given) != len(items):
-            raise ValueError(f"{len(given)} prompts for {len(items)} clips; give one each, or a dictionary by file name")
+            raise ValueError(f"{len(given)} prompts for {len(items)} clips; give one each, or a dictionary by file name (.json)")
     if wrong := [t for t in given.values() if not isinstance(t, str) or not t.strip()]:
         raise ValueError(f"a prompt is a text that says something, not {wrong[0]!r}")
     return [Item(item.name, item.source, given.get(i, item.prompt)) for i, item in enumerate(items)]
