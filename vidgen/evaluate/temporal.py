@@ -144,9 +144,14 @@ def by_shot(
     return Value(float(np.average(values, weights=lengths)), detail=detail)
 
 # %% ../../nbs/60_evaluate/65_temporal.ipynb #c8df514b
+def _speed(piece: Footage) -> float:
+    "The dynamic degree that temporal stability is printed with; that of the plain flow where two frames are all there is."
+    return dynamic_degree(piece.motion) if (found := piece.stability.dynamic_degree) is None else found
+
+
 def _motion(piece: Footage) -> dict:
     "What a score that rewards stillness must be read with."
-    return {"dynamic_degree": None if unfit(piece) else dynamic_degree(piece.motion)}
+    return {"dynamic_degree": None if unfit(piece) else _speed(piece)}
 
 
 def temporal_flickering(footage: Footage) -> Value:
@@ -227,7 +232,7 @@ def dynamic(footage: Footage) -> Value:
 
 def degree(footage: Footage) -> Value:
     "Median over pairs of the speed of the fastest 5 %, as a fraction of the short side per frame: the one that temporal stability is printed with, seen in the clip's own colours."
-    return by_shot(footage, lambda piece: Value(dynamic_degree(piece.motion) if (found := piece.stability.dynamic_degree) is None else found))
+    return by_shot(footage, lambda piece: Value(_speed(piece)))
 
 # %% ../../nbs/60_evaluate/65_temporal.ipynb #7c5728e5
 @dataclass(frozen=True)
