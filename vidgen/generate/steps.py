@@ -123,7 +123,8 @@ def best(
 
 # %% ../../nbs/30_generate/34_steps.ipynb #78f582e9
 RULES = {"teacache": "0.1, threshold of accumulated change", "teacache-ret": "0.1, the same with the signal of Wan's second variant", "magcache": "0.12, threshold of error; 0.12,4 also limits skips in a row",
-         "firstblock": "0.05, change of the first block, decided at each step", "steps": "0-9,14,19, these are computed", "auto": "what was measured or published for the model"}
+         "firstblock": "0.05, change of the first block, decided at each step", "steps": "0-9,14,19, these are computed",
+         "measured": "the choice that was searched for this model", "auto": "what was measured or published for the model"}
 
 
 def asked(cache: str) -> tuple[str, str]:
@@ -132,8 +133,8 @@ def asked(cache: str) -> tuple[str, str]:
     if rule not in RULES:
         raise unknown("step cache", rule, RULES)
     example = RULES[rule].split(",")[0] if rule != "steps" else "0-9,14,19"
-    if (rule == "auto") == bool(value):
-        raise ValueError("cache='auto' takes no value" if value else f"cache={cache!r} needs a value, as in '{rule}:{example}' ({RULES[rule]})")
-    if rule not in ("steps", "auto") and not all(re.fullmatch(r"\d*\.?\d+", v) for v in value.split(",")):
+    if (rule in ("auto", "measured")) == bool(value):
+        raise ValueError(f"cache={rule!r} takes no value" if value else f"cache={cache!r} needs a value, as in '{rule}:{example}' ({RULES[rule]})")
+    if rule not in ("steps", "auto", "measured") and not all(re.fullmatch(r"\d*\.?\d+", v) for v in value.split(",")):
         raise ValueError(f"cache={cache!r}: {value!r} is not a number from 0 up; usual is '{rule}:{example}'")
     return rule, value
