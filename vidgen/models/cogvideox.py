@@ -13,6 +13,7 @@ import string
 from dataclasses import replace
 
 from ..errors import unknown
+from .attention import joint
 from .convolution import by_frames
 from .family import Caching, Entry, Family, Parts, Rules, Text, prompt_notes, spelled
 
@@ -312,4 +313,4 @@ FAMILY = Family(
     name="cogvideox", pipelines={"CogVideoXPipeline": "t2v", "CogVideoXImageToVideoPipeline": "i2v"}, entries=ENTRIES,
     tiny=tiny, describe=describe, rules=rules, clip_bytes=clip_bytes, encode_prompt=encode_prompt, encode_image=encode_image, encode_clip=encode_clip,
     decode=decode, latent_shape=latent_shape, sampler=sampler, make_scheduler=make_scheduler, extras=extras, predict=predict, target=target, training_loss=training_loss,
-    adapter_targets=("attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0"), caching=CACHING)
+    adapter_targets=("attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0"), caching=CACHING, attention=joint)

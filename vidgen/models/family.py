@@ -40,6 +40,12 @@ def _as_asked(parts, scale):
 def _nothing(parts):
     return {}
 
+
+def _listening(parts, backend):
+    from vidgen.models.attention import dispatched
+
+    dispatched(parts, backend)
+
 # %% ../../nbs/20_models/21_family.ipynb #3007677d
 @dataclass(frozen=True)
 class Caching:
@@ -79,6 +85,7 @@ class Family:
     facts: Callable = _nothing    # (parts) -> what else the record of a clip must say
     beside: Callable = _nothing   # (parts) -> components that only the stock pipeline asks for
     caching: Caching = Caching()  # what a step cache must know of the transformer
+    attention: Callable = _listening  # (parts, a kernel's name in vidgen.models.attention) -> None: the transformer's attention goes through it
 
 # %% ../../nbs/20_models/21_family.ipynb #32f3a6c9
 FAMILIES = {"cogvideox": "vidgen.models.cogvideox", "wan": "vidgen.models.wan",
