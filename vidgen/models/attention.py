@@ -81,7 +81,7 @@ class Joint:
     "An attention processor for CogVideoX: text and pictures together, one projection, any kernel."
 
     def __init__(self, backend: str = "sdpa"):
-        self.backend, self.fused, self.seen = backend, {}, (None, None)
+        self.backend, self.seen = backend, (None, None)
 
     def fuse(self, attn) -> None:
         "Put the weights of `attn`'s three projections into one block, of which they become views."
@@ -96,27 +96,38 @@ class Joint:
             layer.weight.data = weight.chunk(3)[i]
             if bias is not None:
                 layer.bias.data = bias.chunk(3)[i]
-        self.fused[id(attn)] = weight, bias
+        attn.one = attn.to_q.weight, weight, bias
 
     def project(self, attn, x_BLC) -> tuple:
         "Queries and keys [2, B, L, H, D] and values [B, L, H, D]."
-        import torch
         import torch.nn.functional as F
 
-        weight, bias = self.fused.get(id(attn), (None, None))
-        one = weight is not None and type(attn.to_q) is torch.nn.Linear and attn.to_q.weight.data_ptr() == weight.data_ptr()
-        found = F.linear(x_BLC, weight, bias).chunk(3, dim=-1) if one else [layer(x_BLC) for layer in (attn.to_q, attn.to_k, attn.to_v)]
+        _, weight, bias = getattr(attn, "one", (None, None, None))
+        found = F.linear(x_BLC, weight, bias).chunk(3, dim=-1) if self.whole(attn) else [layer(x_BLC) for layer in (attn.to_q, attn.to_k, attn.to_v)]
         q, k, v = (y.unflatten(-1, (attn.heads, -1)) for y in found)
         return (q if attn.norm_q is None else attn.norm_q(q)), (k if attn.norm_k is None else attn.norm_k(k)), v
 
-    def tables(self, rotary: tuple, text: int) -> tuple:
-        "Cosines and sines [L, 1, D] for all tokens: the text is not turned. Made once for a run's tables."
+    def whole(self, attn) -> bool:
+        "Are the projections of `attn` still the views that `fuse` made?"
         import torch
 
+        weight, block, _ = getattr(attn, "one", (None, None, None))
+        if weight is None or attn.to_q.__class__ is not torch.nn.Linear or attn.to_q.weight is not weight:
+            return False
+        return torch.compiler.is_compiling() or weight.data_ptr() == block.data_ptr()
+
+    def tables(self, rotary: tuple, text: int) -> tuple:
+        "`padded`, made once for a run's tables."
         if self.seen[0] is not rotary[0] or self.seen[1][0].shape[0] != text + len(rotary[0]):
-            cos, sin = (torch.cat([t.new_full((text, t.shape[1]), fill), t]).unsqueeze(1) for t, fill in zip(rotary, (1.0, 0.0)))
-            self.seen = rotary[0], (cos, sin)
+            self.seen = rotary[0], self.padded(rotary, text)
         return self.seen[1]
+
+    @staticmethod
+    def padded(rotary: tuple, text: int) -> tuple:
+        "Cosines and sines [L, 1, D] for all tokens: the text is not turned."
+        import torch
+
+        return tuple(torch.cat([t.new_full((text, t.shape[1]), fill), t]).unsqueeze(1) for t, fill in zip(rotary, (1.0, 0.0)))
 
     def __call__(self, attn, hidden_states, encoder_hidden_states, attention_mask=None, image_rotary_emb=None):
         import torch
@@ -124,8 +135,8 @@ class Joint:
         text = encoder_hidden_states.shape[1]
         q, k, v = self.project(attn, torch.cat([encoder_hidden_states, hidden_states], dim=1))
         if image_rotary_emb is not None:
-            cos, sin = self.tables(image_rotary_emb, text)
-            q, k = turned(q, cos, sin), turned(k, cos, sin)
+            tables = self.padded if torch.compiler.is_compiling() else self.tables
+            q, k = (turned(x, *tables(image_rotary_emb, text)) for x in (q, k))
         x = attend(q, k, v, self.backend).flatten(2)
         x = attn.to_out[0](x)
         return x[:, text:], x[:, :text]
