@@ -237,7 +237,7 @@ def _begin(gen: "Generator", plan: Plan, request: Request, which: range, watch: 
     "Denoise the clips that are computed together; what is returned decodes them: (their clips, seconds per stage)."
     loop, memory = gen.loop(request)
     z_BFCHW, notes = baseline.latents(gen.parts, request.batch(slice(which.start, which.stop)), watch, loop=loop, encode=gen.texts)
-    seconds, how = watch.seconds, {"computed_steps": memory()} if memory else {}
+    seconds, how = watch.seconds, ({"computed_steps": memory()} if memory else {}) | ({"adapters": {name: {k: v for k, v in a.items() if k != "path"} for name, a in gen.adapters.items()}} if gen.adapters else {})
 
     def finish(watch: baseline.Watch) -> tuple[list[Clip], dict]:
         watch.seconds = seconds
@@ -296,7 +296,7 @@ class Generator:
 
         self.parts, self.entry, self.plan, self.folder, self.done = parts, entry, plan, folder, done
         self.timings: dict[str, float] = {"load": load_seconds}
-        self.texts = Texts()
+        self.texts, self.adapters = Texts(), {}
 
     @property
     def name(self) -> str:
