@@ -44,8 +44,12 @@ def parse(text: str, steps: int) -> Steps:
 # %% ../../nbs/30_generate/34_steps.ipynb #23f8c0d6
 def stretched(computed: Steps, steps: int) -> Steps:
     "The same choice for a run of another length; the first step is always computed."
-    last = max(len(computed) - 1, 1)
-    chosen = {round(i * (steps - 1) / last) for i, on in enumerate(computed) if on}
+    if steps == len(computed):
+        return computed
+    places, last = [i for i, on in enumerate(computed) if on], max(len(computed) - 1, 1)
+    count = max(1, round(len(places) * steps / len(computed)))
+    taken = (places[round(j * (len(places) - 1) / max(count - 1, 1))] for j in range(count))
+    chosen = {round(i * (steps - 1) / last) for i in taken}
     return tuple(i in chosen or i == 0 for i in range(steps))
 
 # %% ../../nbs/30_generate/34_steps.ipynb #91828193
