@@ -319,6 +319,7 @@ def generate(
     plan: Annotated[str | None, typer.Option(help="auto: the fastest way that fits this device.", show_default="one device, nothing saved", rich_help_panel=_HOW)] = None,
     cache: Annotated[str, typer.Option(help="Skip steps that change little: auto, teacache:0.1, magcache:0.12, firstblock:0.05, steps:0-4,7,…", show_default="every step", rich_help_panel=_HOW)] = "",
     gate: Annotated[float, typer.Option(help="Share of the steps that ask for guidance; the rest reuse it.", rich_help_panel=_HOW)] = 1.0,
+    scheduler: Annotated[str, typer.Option(help="Another sampler: dpm or ddim for CogVideoX, unipc or euler for Wan.", show_default="the model's own", rich_help_panel=_HOW)] = "",
     attention: Annotated[str, typer.Option(help="auto, sdpa, cudnn, flash, efficient, math, flash-attn, sage, xformers, …", rich_help_panel=_HOW)] = "auto",
     compile: Annotated[bool, typer.Option("--compile", help="Compile the blocks: slow to begin, then faster; pays for many clips.", rich_help_panel=_HOW)] = False,
     quantise: Annotated[str, typer.Option(help="int8-weight, int8-dynamic, fp8-weight, fp8-dynamic.", show_default="not", rich_help_panel=_HOW)] = "",
@@ -344,7 +345,7 @@ def generate(
         with recorded(vars(request) | {"out": [str(p) for p in paths]}, keep=not no_run) as run:
             how = dict(cache=cache, gate=gate, attention=attention, compile=compile, quantise=quantise, storage=storage, offload=offload, tiling=tiling)
             how = {k: v for k, v in how.items() if plan is None or v != getattr(Plan, k)}
-            result = work(request, paths, fps=fps, overwrite=overwrite, run=run, lora=lora or (), device=device, precision=precision, force=force, plan=plan, **how)
+            result = work(request, paths, fps=fps, overwrite=overwrite, run=run, lora=lora or (), device=device, precision=precision, force=force, plan=plan, scheduler=scheduler, **how)
             print(json.dumps(result, indent=1, ensure_ascii=False) if as_json else report(result))
             if run:
                 run.finish(**{k: [fact.get(k) for fact in result["clips"]] for k in _KEPT}, notes=result["notes"])

@@ -221,6 +221,7 @@ def load(
     precision: str = "auto",         # fp32, fp16, bf16; auto = settings, then the model's own
     force: bool = False,             # load although memory looks too small
     plan=None,                       # a Plan, or "auto": the fastest way that fits this device
+    scheduler: str = "",             # another sampler of the family, e.g. dpm or ddim, unipc or euler; "" = the model's own
     **how,                           # cache, gate, attention, compile, offload, storage, quantise, tiling: see `Plan`
 ):
     "A Generator for the model. ValueError, WeightsMissing, CorruptWeights or DoesNotFit, each saying what to do."
@@ -229,9 +230,10 @@ def load(
     own = settings.get().model
     entry, folder = resolve(name or own.name)
     check(entry, folder)
+    entry = replace(entry, scheduler=scheduler or entry.scheduler)
     for word in how:
         if word not in plans.HOW:
-            raise unknown("option of load", word, (*plans.HOW, "device", "precision", "plan", "force"))
+            raise unknown("option of load", word, (*plans.HOW, "device", "precision", "plan", "scheduler", "force"))
     if not isinstance(plan, plans.Plan):
         device = plans.pick_device(own.device if device == "auto" else device)
         precision = next((p for p in (precision, own.precision) if p != "auto"), "auto" if plan == "auto" else entry.precision)
