@@ -39,13 +39,19 @@ def tiny(name):
     return parts
 
 
-def clip(parts, size, *, scale=3.0, steps=2):
-    "(latents after the last step, frames) of one clip."
-    kept, (frames, height, width) = [], size
+def prepared(parts, size, scale=3.0):
+    "The arguments of `baseline.denoise` for two steps, in one function that gives the latents."
+    frames, height, width = size
     image = torch.rand(1, 3, height, width, generator=torch.Generator().manual_seed(3)) * 2 - 1 if parts.task == "i2v" else None
-    batch = baseline.Batch(("red circle",), ("",), (7,), frames, height, width, steps, schedule("constant", scale), image)
-    x, _ = baseline.run(parts, batch, baseline.Watch(callback=lambda i, t, z: kept.append(z)))
-    return kept[-1], x
+    batch = baseline.Batch(("red circle",), ("",), (7,), frames, height, width, 2, schedule("constant", scale), image)
+    text, empty = (parts.family.encode_prompt(parts, [p]).condition for p in ("red circle", ""))
+    given = None if image is None else parts.family.encode_image(parts, image, batch.generators(), frames)
+
+    @torch.no_grad()
+    def latents():
+        return baseline.denoise(parts, batch, text, empty, given, batch.generators(), baseline.Watch())
+
+    return latents
 
 
 def hooks(parts):
@@ -54,16 +60,16 @@ def hooks(parts):
     return [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in modules] + [m.processor for m in modules if hasattr(m, "processor")] + [sorted(parts.vae.__dict__)]
 
 
-def difference(mesh, alone, together):
-    "Largest difference of the latents, and of the frames, which only the first process has."
-    latents, frames = (float((a - b).abs().max()) for a, b in zip(alone, together, strict=True))
-    return latents, frames if mesh.first else 0.0
+def apart(a, b):
+    "The largest difference."
+    assert a.shape == b.shape and float(a.abs().max()) > 0.1, "a difference from nothing says nothing"
+    return float((a - b).abs().max())
 
 
 def asked_alone():
-    "{model: (its parts, size, what it makes by itself)}, made once before the processes part."
+    "{model: (its parts, a function that denoises, what it gives in one process)}, made once before the processes part."
     with torch.no_grad():
-        return {name: ((parts := tiny(name)), size, clip(parts, size)) for name, size in MODELS.items()}
+        return {name: ((parts := tiny(name)), (latents := prepared(parts, size)), latents()) for name, size in MODELS.items()}
 
 
 def equal(payload, world):
@@ -72,11 +78,9 @@ def equal(payload, world):
     before = {name: hooks(parts) for name, (parts, *_) in ALONE.items()}
     for split in payload:
         mesh = join(Split(**split), timeout=world.timeout)
-        for name, (parts, size, alone) in ALONE.items():
+        for name, (parts, latents, alone) in ALONE.items():
             with parallel.split(parts, mesh):
-                together = clip(parts, size)
-            found[f"{name}, {mesh.split}"] = difference(mesh, alone, together)
-            assert float(alone[0].abs().max()) > 0.1, "a difference from nothing says nothing"
+                found[f"{name}, {mesh.split}"] = apart(alone, latents())
     assert before == {name: hooks(parts) for name, (parts, *_) in ALONE.items()}
     return found
 
@@ -113,23 +117,24 @@ def company(payload, world):
     found, mesh = {}, join(Split(ulysses=2, ring=world.size // 2), timeout=world.timeout)
     halves = join(Split(cfg=2, ulysses=world.size // 2), timeout=world.timeout)
     for name, blocks in (("cogvideox-5b", "transformer_blocks"), ("wan2.1-t2v-1.3b", "blocks")):
-        parts, size, alone = ALONE[name]
+        parts, latents, alone = ALONE[name]
         with parallel.split(parts, mesh), one_block(parts.transformer, blocks) as seen:
-            found[f"{name}, split then block"] = difference(mesh, alone, clip(parts, size))
+            found[f"{name}, split then block"] = apart(alone, latents())
         with one_block(parts.transformer, blocks), parallel.split(parts, mesh):
-            found[f"{name}, block then split"] = difference(mesh, alone, clip(parts, size))
+            found[f"{name}, block then split"] = apart(alone, latents())
         assert seen == [shares(30, world.size)[world.rank]] * 2, seen
-        unguided = clip(parts, size, scale=1.0)
+        unguided = prepared(parts, UNEVEN, scale=1.0)
+        one_pass = unguided()
         with parallel.split(parts, halves):
-            found[f"{name}, without guidance"] = difference(halves, unguided, clip(parts, size, scale=1.0))
+            found[f"{name}, without guidance"] = apart(one_pass, unguided())
         [b.attn1.fuse_projections() for b in getattr(parts.transformer, blocks)]
         with parallel.split(parts, mesh):
-            found[f"{name}, fused"] = difference(mesh, alone, clip(parts, size))
+            found[f"{name}, fused"] = apart(alone, latents())
     return found
 
 
 def decoded(payload, world):
-    "Tiles by several processes against diffusers' tiles by one: for each family the largest difference, and that from one piece."
+    "Frames by several processes, for each family: the difference of tiles from diffusers' tiles by one, of tiles from one piece, of one piece from one piece."
     found, mesh = {}, join(Split(ring=world.size), timeout=world.timeout)
     for name in ("cogvideox-2b", "wan2.1-t2v-1.3b"):
         parts = ALONE[name][0]
@@ -141,8 +146,10 @@ def decoded(payload, world):
             parts.vae.use_tiling = False
             with parallel.split(parts, mesh, tiling=True):
                 x = parts.family.decode(parts, z, 9)
-        assert x.shape == alone.shape and (mesh.first or not x.any())
-        found[name] = (float((x - alone).abs().max()), float((x - whole).abs().max())) if mesh.first else (0.0, 1.0)
+            with parallel.split(parts, mesh):
+                first = parts.family.decode(parts, z, 9)
+        assert x.shape == first.shape == alone.shape and (mesh.first or not x.any() and not first.any())
+        found[name] = (apart(alone, x), apart(whole, x), apart(whole, first)) if mesh.first else (0.0, 1.0, 0.0)
     return found
 
 
