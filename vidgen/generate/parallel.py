@@ -6,7 +6,7 @@
 __all__ = ['WAYS', 'Deal', 'JointAttention', 'SelfAttention', 'Way', 'way', 'split', 'make', 'choose', 'places', 'heads_of',
            'requests_for', 'work', 'run_parallel', 'among', 'started_as']
 
-# %% ../../nbs/30_generate/38_parallel.ipynb #5bb5661d
+# %% ../../nbs/30_generate/38_parallel.ipynb #0b3f4878
 import os
 import sys
 from collections.abc import Iterator
@@ -23,7 +23,7 @@ from .traffic import communication as communication, scaling as scaling  # the e
 from ..models.family import Parts
 from ..progress import Cancel, ProgressFn, bar
 
-# %% ../../nbs/30_generate/38_parallel.ipynb #c25cea41
+# %% ../../nbs/30_generate/38_parallel.ipynb #c879a7dd
 class Deal:
     "How many text and video tokens each process of a clip holds in the present pass, and what this one holds."
 
@@ -53,7 +53,7 @@ class Deal:
         "My queries over everybody's tokens."
         return spread_attention(q_BLHD, k_BLHD, v_BLHD, self.mesh, self.sizes)
 
-# %% ../../nbs/30_generate/38_parallel.ipynb #a5bed218
+# %% ../../nbs/30_generate/38_parallel.ipynb #e39e801b
 def _projected(attn, x_BLD) -> tuple:
     "Queries, keys and values [B, L, H*D] of the same tokens."
     if getattr(attn, "fused_projections", False):
@@ -113,7 +113,7 @@ class SelfAttention:
         cos, sin = cos[..., 0::2], sin[..., 1::2]
         return torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1).flatten(3).type_as(x_BLHD)
 
-# %% ../../nbs/30_generate/38_parallel.ipynb #335a9b60
+# %% ../../nbs/30_generate/38_parallel.ipynb #a5e1389a
 def _joint(net, deal: Deal) -> list:
     "Hooks for CogVideoX: text is cut at the door, video behind the patch embedding, positions with it."
     import torch
@@ -147,7 +147,7 @@ def _separate(net, deal: Deal) -> list:
             net.patch_embedding.register_forward_hook(lambda m, a, x: x.flatten(2)[:, :, deal.my_video, None, None]),
             net.rope.register_forward_hook(lambda m, a, tables: tuple(t[:, deal.my_video] for t in tables))]
 
-# %% ../../nbs/30_generate/38_parallel.ipynb #e8ef18ab
+# %% ../../nbs/30_generate/38_parallel.ipynb #962990f5
 def _halves(net, mesh: Mesh) -> list:
     "Hooks that give each process of the cfg team its part of the batch and put the answers together."
     state, team = {"cut": False}, mesh.cfg
@@ -183,7 +183,7 @@ def way(net) -> Way:
         raise ValueError(f"a {type(net).__name__} can't be split over processes yet, only {' and '.join(WAYS)}; several clips on several devices: vidgen batch --devices")
     return WAYS[type(net).__name__]
 
-# %% ../../nbs/30_generate/38_parallel.ipynb #aa907b97
+# %% ../../nbs/30_generate/38_parallel.ipynb #900034ec
 @contextmanager
 def _shared(net, mesh: Mesh) -> Iterator[None]:
     "The transformer computes shares meanwhile."
@@ -223,7 +223,7 @@ def split(
             stack.enter_context(shared_decode(parts.vae, mesh, tiling=tiling))
         yield mesh
 
-# %% ../../nbs/30_generate/38_parallel.ipynb #d38f3daf
+# %% ../../nbs/30_generate/38_parallel.ipynb #10e86841
 def _silent(event) -> None:
     "Progress that nobody shows."
 
@@ -253,7 +253,7 @@ def make(
             clips.append(Clip(clip.frames, clip.fps, clip.made | how))
     return clips
 
-# %% ../../nbs/30_generate/38_parallel.ipynb #5aa8bb41
+# %% ../../nbs/30_generate/38_parallel.ipynb #e51f84db
 def choose(heads: int, *, processes: int | None, ulysses: int, ring: int, cfg: int, guided: bool = True) -> Split:
     "The split that was asked for, or for a bare number of processes the most promising. ValueError with the valid ones."
     if processes is not None and ulysses == ring == cfg == 1:
@@ -290,7 +290,7 @@ def heads_of(model: str) -> int:
         raise ValueError(f"{entry.name} has a {kind}, which can't be split over processes yet; several clips on several devices: vidgen batch --devices")
     return read_configs(folder)["transformer"]["num_attention_heads"]
 
-# %% ../../nbs/30_generate/38_parallel.ipynb #c931ed61
+# %% ../../nbs/30_generate/38_parallel.ipynb #0d816496
 def requests_for(prompt, image, seed, copies: int, options: dict) -> list[dict]:
     "Keywords of `generate` for each clip. ValueError with the nearest name for an option it does not have."
     import inspect
@@ -349,7 +349,7 @@ def run_parallel(
         return launch("vidgen.generate.parallel:work", payload, processes=asked.processes, backend=backend, timeout=timeout,
                       progress=progress or drawn, cancel=cancel)[0]
 
-# %% ../../nbs/30_generate/38_parallel.ipynb #aaf82303
+# %% ../../nbs/30_generate/38_parallel.ipynb #8534bab6
 def among(model: str, prompt: str, image=None, *, processes, ulysses, ring, cfg, tiling, precision, device, timeout, force, seed, **options) -> list[Clip]:
     "The clips, as one of the processes that torchrun has started. Errors of `run_parallel`."
     size, local = int(os.environ["WORLD_SIZE"]), int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))
@@ -359,7 +359,7 @@ def among(model: str, prompt: str, image=None, *, processes, ulysses, ring, cfg,
     with meet(World(int(os.environ["RANK"]), size, backend, timeout)) as world:
         return work(payload, world)
 
-# %% ../../nbs/30_generate/38_parallel.ipynb #478f8600
+# %% ../../nbs/30_generate/38_parallel.ipynb #e6e7a4c5
 def started_as(name: str, space: dict) -> bool:
     "Are the globals `space` those of the module `name` that Python was started with?"
     return getattr(space.get("__spec__"), "name", "") == name and vars(sys.modules["__main__"]) is space
