@@ -12,7 +12,7 @@ from torch import nn
 from vidgen.generate import baseline, parallel
 from vidgen.generate.guidance import schedule
 from vidgen.generate.launch import serve
-from vidgen.generate.sequence import Split, join, shares
+from vidgen.generate.sequence import Split, agree, join, shares
 from vidgen.models import cogvideox, wan
 
 EVEN, UNEVEN = (9, 64, 96), (5, 48, 80)   # 72 video tokens, and 30, which neither 4 nor 4 x 30 words divide
@@ -113,7 +113,7 @@ def one_block(net, name):
 
 
 def company(payload, world):
-    "A split among a step cache's replacement of the blocks, either outside; fused projections; one pass without guidance."
+    "A split among a step cache's replacement of the blocks, either outside; compiled blocks, fused projections; one pass without guidance."
     found, mesh = {}, join(Split(ulysses=2, ring=world.size // 2), timeout=world.timeout)
     halves = join(Split(cfg=2, ulysses=world.size // 2), timeout=world.timeout)
     for name, blocks in (("cogvideox-5b", "transformer_blocks"), ("wan2.1-t2v-1.3b", "blocks")):
@@ -127,9 +127,15 @@ def company(payload, world):
         one_pass = unguided()
         with parallel.split(parts, halves):
             found[f"{name}, without guidance"] = apart(one_pass, unguided())
+        if world.size == 2:
+            [b.compile(backend="eager") for b in getattr(parts.transformer, blocks)]
+            with parallel.split(parts, mesh):
+                found[f"{name}, compiled"] = apart(alone, latents())
+            [setattr(b, "_compiled_call_impl", None) for b in getattr(parts.transformer, blocks)]
         [b.attn1.fuse_projections() for b in getattr(parts.transformer, blocks)]
         with parallel.split(parts, mesh):
             found[f"{name}, fused"] = apart(alone, latents())
+    assert agree(world.rank, mesh) == (world.size - 1) / 2
     return found
 
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['KERNELS', 'Split', 'splits', 'check', 'shares', 'spans', 'kernel', 'attend', 'merge', 'Team', 'Mesh', 'teams', 'join',
-           'to_heads', 'to_tokens', 'ring_attention', 'spread_attention', 'gather']
+           'to_heads', 'to_tokens', 'ring_attention', 'spread_attention', 'agree', 'gather']
 
 # %% ../../nbs/30_generate/381_sequence.ipynb #1e42da36
 from dataclasses import dataclass
@@ -262,6 +262,18 @@ def spread_attention(q_BLHD, k_BLHD, v_BLHD, mesh: Mesh, sizes: list[int], atten
     o = (attention or sdpa)(q, k, v) if len(mesh.ring) == 1 else ring_attention(q, k, v, mesh, [sum(s) for s in by_ring])
     o = o.transpose(1, 2)
     return to_tokens(o, mesh, team) if len(mesh.ulysses) > 1 else o
+
+
+def agree(number: float, mesh: Mesh) -> float:
+    "The mean of every process's number: for decisions that depend on data, which all must take alike or wait for each other for ever."
+    import torch
+    import torch.distributed as dist
+
+    if mesh.split.processes == 1:
+        return number
+    total = torch.tensor([number], dtype=torch.float32, device="cuda" if dist.get_backend() == "nccl" else "cpu")
+    dist.all_reduce(total)
+    return float(total) / mesh.split.processes
 
 
 def gather(x_BLC, mesh: Mesh, team: Team, sizes: list[int], dim: int = 1):
