@@ -247,7 +247,7 @@ def _names(items: list[Item]) -> Iterator[tuple[str, str]]:
 
 
 def read(
-    requests: str | Path | Iterable[dict],   # a file (.jsonl or .json), "-" for standard input, or dictionaries
+    requests: str | Path | Iterable[dict],   # a file (.jsonl or .json), "-" for standard input, dictionaries, or items that were read already
     *,
     precision: str = "auto",
     **how,                                   # other options of `load` that change what is seen
@@ -255,6 +255,9 @@ def read(
     "Every clip that is asked for. Errors: Faults with all that is wrong, FileNotFoundError, ValueError for a file that holds no request."
     if precision not in ("auto", *PRECISIONS):
         raise unknown("precision", precision, ["auto", *PRECISIONS])
+    requests = requests if isinstance(requests, (str, Path)) else list(requests)
+    if requests and all(isinstance(r, Item) for r in requests):
+        return requests
     source, base, given = _source(requests)
     _look_up.cache_clear()
     items, faults = [], []
