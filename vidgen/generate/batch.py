@@ -6,7 +6,6 @@
 __all__ = ['locked', 'sweep', 'Ledger', 'at_once_for', 'Outcome', 'batch', 'time_workers']
 
 # %% ../../nbs/30_generate/391_batch.ipynb #62b6e159
-import os
 import re
 import statistics
 import tempfile
@@ -88,6 +87,11 @@ class Ledger:
         "Show how far the batch is."
         clips, done = len(self.costs), self.done + sum(self.costs[name] * share for name, share in self.hand.items())
         self.show(Progress("clips", min(clips, clips * done / self.whole) if self.whole else 0, clips, note=said or self.words))
+
+    def close(self) -> None:
+        "The last report: what a chunk that was stopped has finished is there too."
+        self.found |= {i.name: row | {"status": "made"} for i in self.todo if i.name not in self.found and (row := kept(i, self.folder))}
+        self.write()
 
     def write(self) -> list[Path]:
         "The report as it stands."
@@ -176,7 +180,7 @@ def batch(
                 _work(ledger, where, at_once, cancel, {"precision": precision, "force": force, **how})
         finally:
             sweep(folder, items)
-            ledger.write()
+            ledger.close()
     return Outcome(folder, ledger.rows(), ledger.facts)
 
 # %% ../../nbs/30_generate/391_batch.ipynb #2a56b216
