@@ -34,6 +34,11 @@ COMMANDS = {
         vidgen generate "a blue star growing" --out star.mp4 --steps 40 --guidance 4
         vidgen generate --image photo.png "a red circle moving left"
         vidgen generate "a cat in the snow" --model cogvideox-5b --num-videos 4"""),
+    "batch": Command("vidgen.generate.batch_command:command", "Make the clips of a file of requests.", """
+        vidgen batch requests.jsonl --out films
+        vidgen batch requests.jsonl --out films --check
+        vidgen batch requests.jsonl --out films --devices cuda:0,cuda:1
+        vidgen batch - --out films --devices cpu:2 < requests.jsonl"""),
     "evaluate": Command("vidgen.evaluate.command:evaluate", "Measure clips with every metric, and write a report.", """
         vidgen evaluate runs/generate-… --suite world --out report
         vidgen evaluate clips/ --reference data/real --metrics all,-slow
