@@ -262,11 +262,18 @@ _DTYPES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF
            "bool": "BOOL", "float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2", "uint16": "U16", "uint32": "U32", "uint64": "U64", "complex64": "C64"}
 
 
+def _plain_tensors(state: dict) -> dict:
+    "The state with torchao's quantised tensors taken apart into the plain ones they are made of."
+    made = {name: t for name, t in state.items() if type(t).__module__.startswith("torchao") and hasattr(t, "__tensor_flatten__")}
+    inner = {f"{name}.{part}": getattr(t, part) for name, t in made.items() for part in t.__tensor_flatten__()[0]}
+    return {name: t for name, t in state.items() if name not in made} | (_plain_tensors(inner) if inner else {})
+
+
 def _hash_state(state: dict) -> str:
     "SHA-256 of a state_dict, equal to that of its safetensors file. Errors: TypeError for entries that are no tensors."
     import torch
 
-    total = hashlib.sha256()
+    total, state = hashlib.sha256(), _plain_tensors(state)
     for name in sorted(state):
         tensor = state[name]
         if not isinstance(tensor, torch.Tensor):
