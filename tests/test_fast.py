@@ -1,4 +1,5 @@
 "A plan carried out: kernels, texts kept, decoding beside, memory that runs out."
+import json
 import subprocess
 import sys
 import threading
@@ -11,7 +12,6 @@ import torch
 
 import vidgen
 from families import generator, saved
-from vidgen.errors import DoesNotFit
 from vidgen.generate import fast
 from vidgen.models import attention
 from vidgen.models.convolution import by_frames, conv3d
@@ -219,3 +219,23 @@ def test_compiled_blocks_give_the_same_clip():
     asked = dict(num_inference_steps=6, cache="steps:0-2,5", gate=0.5, seed=3)
     a, b = (g.generate("a red circle moving right on a white background", **asked)[0] for g in (plain, fast_))
     assert np.abs(a.frames.astype(int) - b.frames).max() <= 1
+
+
+BARE = """
+import sys
+for name in ("av", "cv2", "rich", "typer", "papermill", "IPython", "jupyter", "nbdev", "open_clip", "psutil"):
+    sys.modules[name] = None  # as on a GPU host that has torch, transformers and diffusers only
+import runpy
+sys.argv = ["benchmark", "cogvideox-5b", "wan2.1-t2v-1.3b", "--small", "--device", "cpu", "--precision", "fp32", "--steps", "4", "--rounds", "1", "--ways", "stock,exact,masked", "--out", sys.argv[1]]
+runpy.run_module("vidgen.generate.benchmark", run_name="__main__", alter_sys=True)
+"""
+
+
+def test_the_benchmark_runs_on_a_bare_host(tmp_path):
+    done = subprocess.run([sys.executable, "-c", BARE, str(tmp_path / "t.json")], capture_output=True, text=True, timeout=150)
+    assert done.returncode == 0, done.stderr[-2000:]
+    models = json.loads((tmp_path / "t.json").read_text())["models"]
+    assert [m["model"] for m in models] == ["cogvideox-5b", "wan2.1-t2v-1.3b"]
+    for model in models:
+        assert set(model["rows"]) == {"stock", "exact", "masked"} and all(row["whole_run"] > 0 for row in model["rows"].values()), model
+        assert model["rows"]["masked"]["computed_steps"] <= 2

@@ -250,6 +250,7 @@ def prepare(parts, way: str) -> str:
 
 
 def forget_peak(device: str) -> None:
+    "Begin to count a GPU's peak memory anew."
     if device.startswith("cuda"):
         import torch
 
@@ -264,6 +265,7 @@ def peak(device: str) -> float | None:
 
 
 def device_name(device: str) -> str:
+    "The device as its maker calls it, or the processor and the threads torch uses."
     import torch
 
     return torch.cuda.get_device_name(device) if device.startswith("cuda") else f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} thread(s)"
@@ -292,5 +294,5 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-if __name__ == "__main__" and "ipykernel" not in sys.modules and "execnb" not in sys.modules:
-    sys.exit(main())
+if getattr(globals().get("__spec__"), "name", "") == "vidgen.generate.benchmark" and vars(sys.modules["__main__"]) is globals():
+    sys.exit(main())  # started by `python -m`
