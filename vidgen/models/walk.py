@@ -63,11 +63,15 @@ class _Flash(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_BHLD):
         ctx.asked.flops += 5 * ctx.flops // 2  # five products for the two of the way there
-        return *map(torch.empty_like, ctx.saved_tensors[:3]), None
+        q_BHLD, k_BHLD, v_BHLD, _ = ctx.saved_tensors
+        sums_BHLD = torch.empty_like(q_BHLD, dtype=torch.float32)  # where FlashAttention adds up the queries' gradient
+        found = torch.empty_like(q_BHLD), torch.empty_like(k_BHLD), torch.empty_like(v_BHLD), None
+        del sums_BHLD
+        return found
 
 
 class Asked(TorchFunctionMode):
-    "Answers attention, and counts its `flops`, `calls` and widest queries [B, H, L, D]; `autocast` names the precision that mixed precision computes in."
+    "Answers attention, and counts its `flops`, and the `widest` queries [B, H, L, D] that meet as many keys, with how often; `autocast` names the precision that mixed precision computes in."
 
     def __init__(self, autocast: str = ""):
         super().__init__()
@@ -89,9 +93,9 @@ class Asked(TorchFunctionMode):
         if func is F.scaled_dot_product_attention:
             given = dict(zip(("query", "key", "value"), args, strict=False)) | kwargs
             q, k, v = (self.lowered(given[name]) for name in ("query", "key", "value"))
-            self.calls += 1
-            if q.shape[2] > self.widest[2]:
-                self.widest, self.state_bytes = tuple(q.shape), q.nbytes
+            if q.shape[2] == k.shape[2] > self.widest[2]:
+                self.widest, self.state_bytes, self.calls = tuple(q.shape), q.nbytes, 0
+            self.calls += q.shape[2] == k.shape[2] == self.widest[2]
             return _Flash.apply(q, k, v, self)
         if self.low is not None and func in (F.linear, F.conv2d, F.conv3d):
             return func(*map(self.lowered, args), **{k: self.lowered(v) for k, v in kwargs.items()})
@@ -113,7 +117,7 @@ class Walk:
     tokens: int          # of the longest attention
     width: int           # values of one token
     state_bytes: int     # of all tokens once
-    calls: int           # attentions
+    calls: int           # attentions of that many tokens over themselves
 
     @property
     def flops(self) -> float:
