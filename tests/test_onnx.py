@@ -56,6 +56,7 @@ def latents(gen, prompt="a red circle moving right", **options):
 
 def test_float32_is_torch(gen, folder):
     other = load_onnx(folder)
+    other.plan = replace(other.plan, batch=gen.plan.batch)
     for options in (dict(seed=3), dict(seed=9, negative_prompt="a star"), dict(seed=3, guidance_scale=1.0), dict(seed=4, num_videos_per_prompt=3), dict(seed=1, num_inference_steps=5, guidance="dynamic")):
         assert (latents(gen, **options) - latents(other, **options)).abs().max() < 1e-4, options
     a, b = (g.generate(["a red circle", "a blue star"], seed=[5, 2]) for g in (gen, other))
@@ -145,14 +146,11 @@ def test_graphs_of_something_else_are_not_taken_over(gen, folder, int8, tmp_path
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("there", ["someones.txt", "onnx.json"])
-def test_nothing_is_replaced_unasked(gen, tmp_path, there):
+@pytest.mark.parametrize(("there", "overwrite", "says"), [("someones.txt", False, "something else"), ("someones.txt", True, "something else"), ("onnx.json", False, "--overwrite")])
+def test_nothing_is_replaced_unasked(gen, tmp_path, there, overwrite, says):
     (tmp_path / there).write_text("{}")
-    with pytest.raises(FileExistsError, match="overwrite"):
-        export(gen, tmp_path)
-    if there != "onnx.json":
-        with pytest.raises(FileExistsError, match="something else"):
-            export(gen, tmp_path, overwrite=True)
+    with pytest.raises(FileExistsError, match=says):
+        export(gen, tmp_path, overwrite=overwrite)
     assert (tmp_path / there).read_text() == "{}"
 
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PROMPTS', 'FILE', 'PLACES', 'first_frames', 'calibration_prompts', 'trajectories', 'Exported', 'check_exportable',
-           'export', 'read', 'OnnxParts', 'load_onnx']
+           'check_place', 'export', 'read', 'OnnxParts', 'load_onnx']
 
 # %% ../../nbs/30_generate/37_onnx.ipynb #e6697eab
 import json
@@ -118,14 +118,21 @@ def check_exportable(gen: Generator) -> None:
                          f"{', quantised' * bool(quantised_layers(parts.transformer))}; an export starts from float32 on the CPU: load it with device='cpu', precision='fp32'")
 
 # %% ../../nbs/30_generate/37_onnx.ipynb #a65af810
-@contextmanager
-def _whole(folder: Path, overwrite: bool):
-    "A new folder beside `folder` that takes its place when the block ends well. FileExistsError if something is there."
+def check_place(folder: str | Path, overwrite: bool = False) -> Path:
+    "The folder as an absolute path, if an export can be written there. FileExistsError if something is in the way: an older export, or what is none."
     folder = Path(os.path.realpath(Path(folder).expanduser()))
-    if folder.exists() and not overwrite and (not folder.is_dir() or any(folder.iterdir())):
-        raise FileExistsError(f"{folder} is not empty; to replace it: overwrite=True (--overwrite)")
-    if folder.exists() and not (folder.is_dir() and (not any(folder.iterdir()) or (folder / FILE).is_file())):
+    taken = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
+    if taken and not (folder / FILE).is_file():
         raise FileExistsError(f"{folder} holds something else than an export: choose another folder")
+    if taken and not overwrite:
+        raise FileExistsError(f"{folder} holds an export; to replace it: overwrite=True (--overwrite)")
+    return folder
+
+# %% ../../nbs/30_generate/37_onnx.ipynb #0c0b96f7
+@contextmanager
+def _whole(folder: str | Path, overwrite: bool):
+    "A new folder beside `folder` that takes its place when the block ends well. Errors of `check_place`."
+    folder = check_place(folder, overwrite)
     part = folder.with_name(f".{folder.name}-{secrets.token_hex(4)}.part")
     part.mkdir(parents=True)
     try:
@@ -234,7 +241,7 @@ def export(
     gen.parts.family.rules(gen.parts.configs).check(*size)
     prompts = (prompts or calibration_prompts(gen)) if int8 else []
     images = images or first_frames(gen, prompts) if int8 else None
-    with bar(f"export {gen.name}", disable=True if progress else None) as drawn, _whole(Path(folder), overwrite) as place:
+    with bar(f"export {gen.name}", disable=True if progress else None) as drawn, _whole(folder, overwrite) as place:
         made = _taken(gen, size, Path(graphs), place) if graphs else _graphs(gen, size, place, progress or drawn)
         if int8:
             made["int8"] = _round(gen, place, trajectories(gen, prompts, images=images, size=size, steps=steps, seed=seed, progress=progress or drawn), smallest)

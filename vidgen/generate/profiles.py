@@ -120,10 +120,11 @@ def measure(
     gen.generate(prompts[0], seed=seed, **asks)
     alone = [_seconds(lambda i=i: gen.generate(prompts[i % len(prompts)], seed=seed + i, **asks))[0] for i in range(latencies)]
     spent, clips = _seconds(lambda: gen.generate(list(prompts), seed=seed, **asks))
+    peak = peak_gib(gen.parts.device)
     found = [worth(clip, prompt, world=of_world(gen)) for clip, prompt in zip(clips, prompts, strict=True)]
     hours = spent / len(clips) / 3600
     return {"profile": p.name, "status": "measured", "latency_seconds": statistics.median(alone), "clips_per_minute": 60 * len(clips) / spent,
-            "peak_gib": peak_gib(gen.parts.device), "cost_per_1000": None if p.price_per_hour is None else 1000 * hours * p.price_per_hour,
+            "peak_gib": peak, "cost_per_1000": None if p.price_per_hour is None else 1000 * hours * p.price_per_hour,
             "right": [row["as_asked"] for row in found], "stability": [row["temporal_stability"] for row in found], "hashes": [c.hash for c in clips],
             "stages": {k: gen.timings[k] for k in ("load", "text", "denoise", "decode") if k in gen.timings}, "plan": str(gen.plan), "made": clips[0].made | {"prompt": "", "warnings": []},
             "settings": asdict(p)}
