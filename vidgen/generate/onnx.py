@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PROMPTS', 'FILE', 'PLACES', 'first_frames', 'calibration_prompts', 'trajectories', 'Exported', 'check_exportable',
-           'export', 'read', 'OnnxParts', 'load_onnx']
+           'check_place', 'export', 'read', 'OnnxParts', 'load_onnx']
 
 # %% ../../nbs/30_generate/37_onnx.ipynb #e6697eab
 import json
@@ -118,14 +118,21 @@ def check_exportable(gen: Generator) -> None:
                          f"{', quantised' * bool(quantised_layers(parts.transformer))}; an export starts from float32 on the CPU: load it with device='cpu', precision='fp32'")
 
 # %% ../../nbs/30_generate/37_onnx.ipynb #a65af810
-@contextmanager
-def _whole(folder: Path, overwrite: bool):
-    "A new folder beside `folder` that takes its place when the block ends well. FileExistsError if something is there."
+def check_place(folder: str | Path, overwrite: bool = False) -> Path:
+    "The folder as an absolute path, if an export can be written there. FileExistsError if something is in the way: an older export, or what is none."
     folder = Path(os.path.realpath(Path(folder).expanduser()))
-    if folder.exists() and not overwrite and (not folder.is_dir() or any(folder.iterdir())):
-        raise FileExistsError(f"{folder} is not empty; to replace it: overwrite=True (--overwrite)")
-    if folder.exists() and not (folder.is_dir() and (not any(folder.iterdir()) or (folder / FILE).is_file())):
+    taken = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
+    if taken and not (folder / FILE).is_file():
         raise FileExistsError(f"{folder} holds something else than an export: choose another folder")
+    if taken and not overwrite:
+        raise FileExistsError(f"{folder} holds an export; to replace it: overwrite=True (--overwrite)")
+    return folder
+
+# %% ../../nbs/30_generate/37_onnx.ipynb #0c0b96f7
+@contextmanager
+def _whole(folder: str | Path, overwrite: bool):
+    "A new folder beside `folder` that takes its place when the block ends well. Errors of `check_place`."
+    folder = check_place(folder, overwrite)
     part = folder.with_name(f".{folder.name}-{secrets.token_hex(4)}.part")
     part.mkdir(parents=True)
     try:
@@ -164,38 +171,6 @@ def _difference(parts: Parts, component: str, graph: Graph, given: dict, constan
 PLACES = {"transformer": "transformer/model.onnx", "decoder": "vae/decoder.onnx", "encoder": "vae/encoder.onnx"}
 
 
-def export(
-    gen: Generator,                     # on the CPU in float32
-    folder: str | Path,
-    *,
-    int8: bool = False,                 # round the transformer to eight bits
-    num_frames: int | None = None,      # the one size it will make; default: the model's own
-    height: int | None = None,
-    width: int | None = None,
-    prompts: list[str] | None = None,   # for calibration; default: `calibration_prompts`
-    images: list | None = None,         # first frames for calibration of image-to-video models, one per prompt
-    steps: int = 10,                    # per calibration run
-    smallest: int = SMALLEST,           # narrower layers stay in float32
-    seed: int = 0,
-    overwrite: bool = False,
-    progress: ProgressFn | None = None,
-) -> Exported:
-    "Write `gen` as a folder of ONNX graphs. Errors: ValueError for what can't be exported, FileExistsError, ImportError without vidgen[onnx]."
-    check_exportable(gen)
-    size = tuple(own if given is None else given for given, own in zip((num_frames, height, width), (gen.entry.num_frames, gen.entry.height, gen.entry.width), strict=True))
-    gen.parts.family.rules(gen.parts.configs).check(*size)
-    prompts = (prompts or calibration_prompts(gen)) if int8 else []
-    images = images or first_frames(gen, prompts) if int8 else None
-    with bar(f"export {gen.name}", disable=True if progress else None) as drawn, _whole(Path(folder), overwrite) as place:
-        made = _graphs(gen, size, place, progress or drawn)
-        if int8:
-            made["int8"] = _round(gen, place, trajectories(gen, prompts, images=images, size=size, steps=steps, seed=seed, progress=progress or drawn), smallest)
-            made["calibration"] = {"prompts": prompts, "steps": steps, "seed": seed}
-        _save_rest(gen, place)
-        _record(gen, size, place, made)
-    return read(folder)
-
-
 def _graphs(gen: Generator, size: tuple, place: Path, progress: ProgressFn) -> dict:
     "Write every component as float32; returns their nodes and differences."
     wanted, made = ["transformer", "decoder", *["encoder"] * (gen.entry.task == "i2v")], {"nodes": {}, "difference": {}}
@@ -210,6 +185,19 @@ def _graphs(gen: Generator, size: tuple, place: Path, progress: ProgressFn) -> d
             raise RuntimeError(f"the exported {name} of {gen.name} answers {far:.1e} of its spread beside torch; nothing was written")
     progress(Progress("graphs", len(wanted), len(wanted)))
     return made
+
+
+def _taken(gen: Generator, size: tuple, source: Path, place: Path) -> dict:
+    "The graphs of another export. ValueError unless it is of this model, of this size and in float32."
+    made, facts = read(source), read_json(source / FILE)
+    if (made.size, made.int8, facts["weights"]) != (size, None, gen.weights):
+        raise ValueError(f"{source} is {made}; its graphs can't become {gen.name} at {size[0]} frames of height {size[1]} and width {size[2]}: another model, size or kind")
+    _check_files(source, facts)
+    for name in made.nodes:
+        (place / PLACES[name]).parent.mkdir(exist_ok=True)
+        for path in (source / PLACES[name]).parent.glob(Path(PLACES[name]).name + "*"):
+            shutil.copy(path, (place / PLACES[name]).parent)
+    return {"nodes": made.nodes, "difference": made.difference}
 
 
 def _round(gen: Generator, place: Path, calls: list[dict], smallest: int) -> dict:
@@ -228,6 +216,39 @@ def _record(gen: Generator, size: tuple, place: Path, made: dict) -> None:
              "files": {name: (place / PLACES[name]).stat().st_size for name in made["nodes"]},
              "versions": {name: version(name) for name in ("vidgen", "torch", "onnx", "onnxruntime")}}
     (place / FILE).write_text(json.dumps(facts, indent=1) + "\n")
+
+# %% ../../nbs/30_generate/37_onnx.ipynb #bbf6b297
+def export(
+    gen: Generator,                     # on the CPU in float32
+    folder: str | Path,
+    *,
+    int8: bool = False,                 # round the transformer to eight bits
+    num_frames: int | None = None,      # the one size it will make; default: the model's own
+    height: int | None = None,
+    width: int | None = None,
+    prompts: list[str] | None = None,   # for calibration; default: `calibration_prompts`
+    images: list | None = None,         # first frames for calibration of image-to-video models, one per prompt
+    steps: int = 10,                    # per calibration run
+    smallest: int = SMALLEST,           # narrower layers stay in float32
+    seed: int = 0,
+    graphs: str | Path | None = None,   # an export of the same model and size in float32: its graphs are taken over, not traced again
+    overwrite: bool = False,
+    progress: ProgressFn | None = None,
+) -> Exported:
+    "Write `gen` as a folder of ONNX graphs. Errors: ValueError for what can't be exported, FileExistsError, ImportError without vidgen[onnx]."
+    check_exportable(gen)
+    size = tuple(own if given is None else given for given, own in zip((num_frames, height, width), (gen.entry.num_frames, gen.entry.height, gen.entry.width), strict=True))
+    gen.parts.family.rules(gen.parts.configs).check(*size)
+    prompts = (prompts or calibration_prompts(gen)) if int8 else []
+    images = images or first_frames(gen, prompts) if int8 else None
+    with bar(f"export {gen.name}", disable=True if progress else None) as drawn, _whole(folder, overwrite) as place:
+        made = _taken(gen, size, Path(graphs), place) if graphs else _graphs(gen, size, place, progress or drawn)
+        if int8:
+            made["int8"] = _round(gen, place, trajectories(gen, prompts, images=images, size=size, steps=steps, seed=seed, progress=progress or drawn), smallest)
+            made["calibration"] = {"prompts": prompts, "steps": steps, "seed": seed}
+        _save_rest(gen, place)
+        _record(gen, size, place, made)
+    return read(folder)
 
 
 def read(folder: str | Path) -> Exported:
