@@ -24,7 +24,9 @@ import typer
 from .. import settings
 from ..clip import Clip, open_image, writable
 from ..errors import Canceled, nearest, unknown
+from .steps import asked
 from ..models.family import PRECISIONS, Entry, family, read_configs
+from ..models.plan import Plan
 from ..progress import Progress, bar
 from ..runs import Run
 
@@ -129,7 +131,7 @@ def check_machine(device: str, precision: str) -> None:
         raise unknown("precision", precision, ["auto", *PRECISIONS])
 
 # %% ../../nbs/30_generate/39_command.ipynb #c537bc54
-FLAGS = {"num_frames": "--frames", "num_inference_steps": "--steps", "guidance_scale": "--guidance", "num_videos_per_prompt": "--num-videos", "height": "--height",
+FLAGS = {"cache": "--cache", "gate": "--gate", "attention": "--attention", "quantise": "--quantise", "storage": "--storage", "offload": "--offload", "plan": "--plan", "num_frames": "--frames", "num_inference_steps": "--steps", "guidance_scale": "--guidance", "num_videos_per_prompt": "--num-videos", "height": "--height",
          "width": "--width", "precision": "--precision", "device": "--device", "seed": "--seed"}
 
 
@@ -223,7 +225,7 @@ def report(result: dict) -> str:
     seconds = result["seconds"] | {"denoise": result["seconds"].get("denoise", 0.0)}
     per_step = seconds.pop("per_step", None)
     spent = ", ".join(f"{k} {v:.2f}" + (f" ({per_step:.3f} a step)" if k == "denoise" and per_step else "") for k, v in seconds.items())
-    lines += [f"{'model':<13}{result['model']}", f"{'plan':<13}{result['plan']}", f"{'seconds':<13}{spent}", f"{'peak memory':<13}" + ", ".join(f"{k} {v:.2f} GiB" for k, v in result["peak_gib"].items())]
+    lines += [f"{'model':<13}{result['model']}", f"{'plan':<13}{result['plan']}", *(f"{'computed':<13}steps {result['computed_steps']}" for _ in range("computed_steps" in result)), f"{'seconds':<13}{spent}", f"{'peak memory':<13}" + ", ".join(f"{k} {v:.2f} GiB" for k, v in result["peak_gib"].items())]
     lines += [f"{'run':<13}{result['run']}"] if result["run"] else []
     return "\n".join([*lines, *(f"note: {note}" for note in result["notes"])])
 
@@ -254,6 +256,7 @@ def _result(request: Request, gen, clip: Clip, facts: list, seconds: dict, notes
     how = f"{gen.name}, {made['num_inference_steps']} steps, guidance {made['guidance_scale']:g} {made['guidance']}, {clip.num_frames} frames {clip.width}x{clip.height} at {clip.fps:g} fps"
     result = {"prompt": request.prompt, "clips": facts, "model": how, "plan": str(gen.plan), "weights": gen.weights, "seconds": {k: round(v, 4) for k, v in seconds.items()},
               "peak_gib": {k: round(v, 3) for k, v in made["peak_gib"].items()}, "notes": notes, "run": _near(run.path) if run else None}
+    result |= {k: made[k] for k in ("computed_steps", "carried_out", "adapters") if k in made}
     if run:
         run.add_stages({k: v for k, v in seconds.items() if k != "per_step"})
         run.record(made={k: v for k, v in made.items() if k not in ("prompt", "seed")})
@@ -267,15 +270,19 @@ def work(
     fps: float | None = None,    # None: the model's own
     overwrite: bool = False,
     run: Run | None = None,
-    **load,                      # device, precision, force
+    lora: Sequence[str] = (),    # adapters, as `path` or `path:scale`
+    **load,                      # device, precision, force, plan and how it runs
 ) -> dict:
     "Make, save and measure the clips; returns what `report` shows. Errors: those of `load`, `generate` and `Clip.save`."
+    from vidgen.generate import adapters
     from vidgen.models import registry
 
     with warnings.catch_warnings(record=True) as caught, bar() as show:
         warnings.simplefilter("always")
         show(Progress("load", 0, 0))
         gen = registry.load(request.model, **load)
+        for path, scale in map(adapters.spelled, lora):
+            adapters.attach(gen, path, scale=scale)
         show(Progress("load", 1, 1, note=str(gen.plan)))
         if run:
             run.record(model=gen.name, model_hash=gen.weights, device=gen.plan.device, precision=gen.plan.precision, plan=gen.plan.as_dict())
@@ -287,6 +294,7 @@ def work(
     return _result(request, gen, clips[0], facts, gen.timings | seconds, notes, run)
 
 # %% ../../nbs/30_generate/39_command.ipynb #d6c3ed7b
+_HOW = "How it runs"
 _KEPT = ("path", "as_asked", "stability", "verdict", "dynamic_degree", "seen", "hash")  # of each clip, in the run's result
 
 
@@ -308,6 +316,16 @@ def generate(
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
     precision: Annotated[str, typer.Option(help="auto, fp32, fp16, bf16.")] = "auto",
     force: Annotated[bool, typer.Option("--force", help="Load although memory looks too small.")] = False,
+    plan: Annotated[str | None, typer.Option(help="auto: the fastest way that fits this device.", show_default="one device, nothing saved", rich_help_panel=_HOW)] = None,
+    cache: Annotated[str, typer.Option(help="Skip steps that change little: auto, teacache:0.1, magcache:0.12, firstblock:0.05, steps:0-4,7,…", show_default="every step", rich_help_panel=_HOW)] = "",
+    gate: Annotated[float, typer.Option(help="Share of the steps that ask for guidance; the rest reuse it.", rich_help_panel=_HOW)] = 1.0,
+    attention: Annotated[str, typer.Option(help="auto, sdpa, cudnn, flash, efficient, math, flash-attn, sage, xformers, …", rich_help_panel=_HOW)] = "auto",
+    compile: Annotated[bool, typer.Option("--compile", help="Compile the blocks: slow to begin, then faster; pays for many clips.", rich_help_panel=_HOW)] = False,
+    quantise: Annotated[str, typer.Option(help="int8-weight, int8-dynamic, fp8-weight, fp8-dynamic.", show_default="not", rich_help_panel=_HOW)] = "",
+    storage: Annotated[str, typer.Option(help="fp8: weights kept in 8 bits.", show_default="as computed", rich_help_panel=_HOW)] = "",
+    offload: Annotated[str, typer.Option(help="none, model, group or sequential: weights wait in the host's memory.", rich_help_panel=_HOW)] = "none",
+    tiling: Annotated[bool, typer.Option("--tiling", help="Decode frames in tiles: less memory.", rich_help_panel=_HOW)] = False,
+    lora: Annotated[list[str] | None, typer.Option(help="An adapter, FILE or FILE:scale; may be given several times.", show_default=False, rich_help_panel=_HOW)] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a file that is there.")] = False,
     no_run: Annotated[bool, typer.Option("--no-run", help="Keep no record under runs/.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
@@ -320,9 +338,13 @@ def generate(
                           guidance, guidance_schedule, num_videos)
         check_machine(device, precision)
         check(request)
+        if cache:
+            asked(cache)
         paths = targets(out, prompt, request.seed, num_videos, overwrite=overwrite)
         with recorded(vars(request) | {"out": [str(p) for p in paths]}, keep=not no_run) as run:
-            result = work(request, paths, fps=fps, overwrite=overwrite, run=run, device=device, precision=precision, force=force)
+            how = dict(cache=cache, gate=gate, attention=attention, compile=compile, quantise=quantise, storage=storage, offload=offload, tiling=tiling)
+            how = {k: v for k, v in how.items() if plan is None or v != getattr(Plan, k)}
+            result = work(request, paths, fps=fps, overwrite=overwrite, run=run, lora=lora or (), device=device, precision=precision, force=force, plan=plan, **how)
             print(json.dumps(result, indent=1, ensure_ascii=False) if as_json else report(result))
             if run:
                 run.finish(**{k: [fact.get(k) for fact in result["clips"]] for k in _KEPT}, notes=result["notes"])

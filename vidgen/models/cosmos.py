@@ -14,7 +14,7 @@ from dataclasses import replace
 
 from ..errors import unknown
 from .cogvideox import tiny_text
-from .family import Entry, Family, Parts, Rules, Text, draw, prompt_notes, spelled
+from .family import Caching, Entry, Family, Parts, Rules, Text, draw, prompt_notes, spelled
 from .rectified import check_steps
 from .wan import tiny_vae as tiny_wan_vae
 
@@ -364,4 +364,5 @@ FAMILY = Family(
     name="cosmos", pipelines={"CosmosTextToWorldPipeline": "t2v", "CosmosVideoToWorldPipeline": "i2v", "Cosmos2VideoToWorldPipeline": "i2v", "Cosmos2TextToImagePipeline": "t2v"},
     entries=ENTRIES, tiny=tiny, describe=describe, rules=rules, clip_bytes=clip_bytes, encode_prompt=encode_prompt, encode_image=encode_image, encode_clip=encode_clip,
     decode=decode, latent_shape=latent_shape, sampler=sampler, make_scheduler=make_scheduler, extras=extras, predict=predict, target=target, training_loss=training_loss,
-    adapter_targets=tuple(f"{a}.{n}" for a in ("attn1", "attn2") for n in ("to_q", "to_k", "to_v", "to_out.0")), noise=noise, guidance=guidance, keep_fp32=("vae",), facts=facts, beside=beside)
+    adapter_targets=tuple(f"{a}.{n}" for a in ("attn1", "attn2") for n in ("to_q", "to_k", "to_v", "to_out.0")), noise=noise, guidance=guidance, keep_fp32=("vae",), facts=facts, beside=beside,
+    caching=Caching(blocks=("transformer_blocks",), usual={e.name: "firstblock:0.05" for e in ENTRIES}))

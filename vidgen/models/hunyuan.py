@@ -14,7 +14,7 @@ import string
 from dataclasses import replace
 
 from ..errors import unknown
-from .family import Entry, Family, Parts, Rules, Text, draw, pictures
+from .family import Caching, Entry, Family, Parts, Rules, Text, draw, pictures
 from .rectified import Sampler, check_steps, still, target, training_loss
 
 # %% ../../nbs/20_models/27_hunyuan.ipynb #b155b128
@@ -297,4 +297,5 @@ FAMILY = Family(
     tiny=tiny, describe=describe, rules=rules, clip_bytes=clip_bytes, encode_prompt=encode_prompt, encode_image=encode_image, encode_clip=encode_clip,
     decode=decode, latent_shape=latent_shape, sampler=sampler, make_scheduler=make_scheduler, extras=extras, predict=predict, target=target, training_loss=training_loss,
     adapter_targets=("attn.to_q", "attn.to_k", "attn.to_v", "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_out.0", "attn.to_add_out"),
-    noise=noise, guidance=guidance)
+    noise=noise, guidance=guidance,
+    caching=Caching(blocks=("transformer_blocks", "single_transformer_blocks"), usual={e.name: "firstblock:0.06" for e in ENTRIES}))

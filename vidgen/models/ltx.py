@@ -12,7 +12,7 @@ from dataclasses import replace
 
 from ..errors import unknown
 from .cogvideox import tiny_text
-from .family import Entry, Family, Parts, Rules, Text, prompt_notes, spelled
+from .family import Caching, Entry, Family, Parts, Rules, Text, prompt_notes, spelled
 from .rectified import Sampler, check_steps, dynamic_mu, noise, still, target, training_loss
 
 # %% ../../nbs/20_models/26_ltx.ipynb #267fcfbe
@@ -202,4 +202,5 @@ FAMILY = Family(
     name="ltx", pipelines={"LTXPipeline": "t2v", "LTXImageToVideoPipeline": "i2v"}, entries=ENTRIES,
     tiny=tiny, describe=describe, rules=rules, clip_bytes=clip_bytes, encode_prompt=encode_prompt, encode_image=encode_image, encode_clip=encode_clip,
     decode=decode, latent_shape=latent_shape, sampler=sampler, make_scheduler=make_scheduler, extras=extras, predict=predict, target=target, training_loss=training_loss,
-    adapter_targets=tuple(f"{a}.{n}" for a in ("attn1", "attn2") for n in ("to_q", "to_k", "to_v", "to_out.0")), noise=noise)
+    adapter_targets=tuple(f"{a}.{n}" for a in ("attn1", "attn2") for n in ("to_q", "to_k", "to_v", "to_out.0")), noise=noise,
+    caching=Caching(blocks=("transformer_blocks",), usual={e.name: "firstblock:0.05" for e in ENTRIES}))

@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['PACKAGED', 'entries', 'by_repo', 'hub_cache', 'snapshots', 'candidates', 'fetch_command', 'locate', 'missing',
            'local', 'resolve', 'find', 'promised', 'check', 'Table', 'size_text', 'row', 'models', 'plan_for',
-           'set_threads', 'load', 'load_scheduled']
+           'set_threads', 'load', 'planned', 'realise', 'load_scheduled']
 
 # %% ../../nbs/20_models/24_registry.ipynb #360f37fc
 import os
 import time
+from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
 
@@ -219,21 +220,47 @@ def load(
     device: str = "auto",            # auto = settings, then the first GPU, else the CPU
     precision: str = "auto",         # fp32, fp16, bf16; auto = settings, then the model's own
     force: bool = False,             # load although memory looks too small
+    plan=None,                       # a Plan, or "auto": the fastest way that fits this device
+    **how,                           # cache, gate, attention, compile, offload, storage, quantise, tiling: see `Plan`
 ):
     "A Generator for the model. ValueError, WeightsMissing, CorruptWeights or DoesNotFit, each saying what to do."
-    from vidgen.generate.generator import Generator
     from vidgen.models.family import dtype
 
-    start, own = time.perf_counter(), settings.get().model
+    own = settings.get().model
     entry, folder = resolve(name or own.name)
     check(entry, folder)
-    device = plans.pick_device(own.device if device == "auto" else device)
-    precision = next((p for p in (precision, own.precision) if p != "auto"), entry.precision)
-    dtype(precision)
-    plan = plan_for(entry, folder, device=device, precision=precision, force=force)
+    for word in how:
+        if word not in plans.HOW:
+            raise unknown("option of load", word, (*plans.HOW, "device", "precision", "plan", "force"))
+    if not isinstance(plan, plans.Plan):
+        device = plans.pick_device(own.device if device == "auto" else device)
+        precision = next((p for p in (precision, own.precision) if p != "auto"), "auto" if plan == "auto" else entry.precision)
+        if precision != "auto":
+            dtype(precision)
+        plan = planned(plan, entry, folder, device, precision, force)
+    return realise(entry, folder, replace(plan, **how))
+
+
+def planned(plan: str | None, entry: Entry, folder: Path, device: str, precision: str, force: bool):
+    "The plan that `load` makes when it is given none, or the word auto. ValueError for another word."
+    if plan is None:
+        return plan_for(entry, folder, device=device, precision=precision, force=force)
+    if plan != "auto":
+        raise ValueError(f"plan={plan!r}: give plan='auto', a Plan as vidgen.estimate returns it, or leave it out")
+    from vidgen.models.estimate import choose
+
+    return choose(str(folder) if entry.name not in entries() else entry.name, device=device, precision=precision, force=force)
+
+
+def realise(entry: Entry, folder: Path, plan):
+    "The Generator that a plan describes."
+    from vidgen.generate.fast import carry_out
+    from vidgen.generate.generator import Generator
+
+    start = time.perf_counter()
     set_threads(plan)
-    parts = load_scheduled(family(entry.family), entry, folder, device, precision)
-    gen = Generator(parts, entry, plan, folder=folder)
+    parts = load_scheduled(family(entry.family), entry, folder, plan.device if plan.offload == "none" else "cpu", plan.precision)
+    gen = Generator(parts, entry, plan, folder=folder, done=carry_out(parts, plan))
     _ = gen.weights  # read once more for their hash; remembered by path, size and time of change
     gen.timings = {"load": time.perf_counter() - start}
     return gen

@@ -1,0 +1,221 @@
+"A plan carried out: kernels, texts kept, decoding beside, memory that runs out."
+import subprocess
+import sys
+import threading
+from contextlib import contextmanager
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+import vidgen
+from families import generator, saved
+from vidgen.errors import DoesNotFit
+from vidgen.generate import fast
+from vidgen.models import attention
+from vidgen.models.convolution import by_frames, conv3d
+from vidgen.models.family import FAMILIES, family, load_parts, save_parts
+
+
+def ask(parts, z, txt, t=500):
+    with torch.no_grad():
+        return parts.family.predict(parts, z, t, txt, parts.family.extras(parts, tuple(z.shape[1:])))
+
+
+@contextmanager
+def watched(of, name, note):
+    "The calls of one of a family's functions, each noted, meanwhile."
+    really = getattr(of, name)
+    object.__setattr__(of, name, lambda *given: (note(*given), really(*given))[1])
+    try:
+        yield
+    finally:
+        object.__setattr__(of, name, really)
+
+
+@pytest.mark.parametrize("model", ["cogvideox-2b", "cogvideox-5b", "cogvideox1.5-5b"])
+@pytest.mark.parametrize("backend", ["sdpa", "math", "flash"])
+def test_every_kernel_gives_the_same_answer(model, backend):
+    cog = family("cogvideox")
+    stock, own = cog.tiny(model), cog.tiny(model)
+    z, txt = torch.randn(2, *cog.latent_shape(stock, 9, 64, 96)), torch.randn(2, 32, 32)
+    calls, really = [], attention.attend
+    attention.select(own, backend)
+    assert all(isinstance(b.attn1.processor, attention.Joint) and b.attn1.processor.backend == backend for b in own.transformer.transformer_blocks)
+    attention.attend = lambda q, k, v, name: (calls.append(name), really(q, k, v, name))[1]
+    try:
+        assert torch.allclose(ask(own, z, txt), ask(stock, z, txt), atol=1e-5)
+    finally:
+        attention.attend = really
+    assert calls == [backend] * 2
+
+
+def test_the_fused_projection_is_the_one_that_is_used(tmp_path):
+    "Zeroing one of the views changes the answer, an adapter in its place is asked, and saving and moving lose nothing."
+    cog = family("cogvideox")
+    parts, other = cog.tiny("cogvideox-5b"), cog.tiny("cogvideox-5b")
+    z, txt = torch.randn(1, *cog.latent_shape(parts, 9, 64, 96)), torch.randn(1, 32, 32)
+    attention.joint(parts, "sdpa")
+    layer = parts.transformer.transformer_blocks[0].attn1
+    block, stored = layer.one[1], sum(p.numel() for p in parts.transformer.parameters())
+    assert layer.to_v.weight.data_ptr() == block[2 * len(block) // 3 :].data_ptr() and stored == sum(p.numel() for p in other.transformer.parameters())
+    back = load_parts(cog, save_parts(parts, tmp_path / "saved"))
+    assert torch.allclose(ask(back, z, txt), ask(parts, z, txt), atol=1e-6)
+    for p in (parts, other):
+        p.transformer.transformer_blocks[0].attn1.to_v.weight.data.zero_()
+    assert torch.allclose(ask(parts, z, txt), ask(other, z, txt), atol=1e-5)
+    from peft import LoraConfig
+
+    for p in (parts, other):
+        torch.manual_seed(0)
+        p.transformer.add_adapter(LoraConfig(r=2, init_lora_weights=False, target_modules=["to_q", "to_v"]))
+    assert torch.allclose(ask(parts, z, txt), ask(other, z, txt), atol=1e-5) and not torch.allclose(ask(parts, z, txt), ask(back, z, txt), atol=1e-3)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_kernel_is_used_or_refused(name):
+    parts = family(name).tiny()
+    attention.select(parts)
+    if name == "cosmos":
+        with pytest.raises(ValueError, match="can't be chosen"):
+            attention.select(parts, "math")
+    else:
+        assert attention.select(parts, "math") == "math"
+    with pytest.raises(ValueError, match="sageattention|sdpa"):
+        attention.select(parts, "sage")
+    with pytest.raises(ValueError, match="flash"):
+        attention.select(parts, "flahs")
+
+
+@pytest.mark.parametrize("shape", [(1, 3, 3, 5, 7), (2, 4, 9, 16, 8), (1, 8, 4, 33, 20)])
+def test_convolution_by_frames(shape):
+    conv = torch.nn.Conv3d(shape[1], 5, 3, padding=(0, 1, 1))
+    x = torch.randn(shape)
+    assert torch.allclose(conv3d(x, conv.weight, conv.bias, padding=(1, 1)), conv(x), atol=1e-5)
+    with by_frames(conv):
+        assert torch.allclose(conv(x).sum(), conv3d(x, conv.weight, conv.bias, padding=(1, 1)).sum(), atol=1e-3) and "_conv_forward" in vars(conv)
+        assert conv(x.double().float()).dtype == torch.float32
+    assert "_conv_forward" not in vars(conv)
+
+
+@pytest.mark.parametrize("kwargs", [dict(stride=2), dict(dilation=2), dict(padding=1), dict(padding="same"), dict(kernel_size=1), dict(padding_mode="replicate", padding=(0, 1, 1))])
+def test_other_convolutions_are_left_to_torch(kwargs):
+    conv = torch.nn.Conv3d(4, 4, **({"kernel_size": 3} | kwargs))
+    with by_frames(conv):
+        assert "_conv_forward" not in vars(conv)
+
+
+def test_two_clips_are_decoded_as_one_by_one():
+    parts = family("cogvideox").tiny()
+    z = torch.randn(2, *parts.family.latent_shape(parts, 17, 64, 96))
+    with torch.no_grad():
+        both, apart = parts.family.decode(parts, z, 17), torch.cat([parts.family.decode(parts, z[i : i + 1], 17) for i in range(2)])
+    assert torch.allclose(both, apart, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_texts_are_encoded_once_and_are_the_same(name):
+    of = family(name)
+    parts = of.tiny()
+    direct, texts = of.encode_prompt(parts, ["a red circle", "a star", "a red circle"]), fast.Texts()
+    calls = []
+    with watched(of, "encode_prompt", lambda p, prompts, x=None: calls.append(list(prompts))):
+        first, again = (texts(parts, ["a red circle", "a star", "a red circle"]) for _ in range(2))
+    assert calls == [["a red circle", "a star"]]
+    for found in (first, again):
+        assert torch.equal(found.embeds_BLD, direct.embeds_BLD) and found.tokens == direct.tokens and found.notes == direct.notes
+        assert all(torch.equal(v, direct.more[k]) for k, v in found.more.items()) and set(found.more) == set(direct.more)
+
+
+def test_a_text_read_with_its_picture_is_kept_with_its_picture(tmp_path):
+    hun = family("hunyuan")
+    parts = hun.tiny("hunyuanvideo-i2v")
+    texts, x = fast.Texts(), torch.rand(2, 3, 64, 96) * 2 - 1
+    found = texts(parts, ["a star", "a star"], x)
+    right = hun.encode_prompt(parts, ["a star", "a star"], x)
+    assert torch.allclose(found.embeds_BLD, right.embeds_BLD, atol=1e-5) and not torch.equal(found.embeds_BLD[0], found.embeds_BLD[1])
+    assert len(texts.kept) == 2 and torch.equal(texts(parts, ["a star"], x[1:]).embeds_BLD, found.embeds_BLD[1:])
+
+
+def test_clips_of_many_batches_are_the_clips_of_one(tmp_path):
+    "The frames of one batch are decoded beside the next: same clips, in order, in another thread."
+    parts = saved(family("cogvideox"), "cogvideox-5b", tmp_path / "m")
+    one, many, threads = generator(parts, 8), generator(parts, 2), []
+    asked = dict(num_frames=9, height=64, width=96, num_inference_steps=2)
+    whole = one.generate(["a red circle", "a star"], num_videos_per_prompt=3, **asked)
+    with watched(parts.family, "decode", lambda *given: threads.append(threading.current_thread().name)):
+        parts_of = many.generate(["a red circle", "a star"], num_videos_per_prompt=3, **asked)
+    assert [c.made["seed"] for c in parts_of] == [c.made["seed"] for c in whole] and len(threads) == 6
+    assert sum(t.startswith("vidgen-decode") for t in threads) == 4 and threads.count("MainThread") == 2
+    assert all(np.abs(a.frames.astype(int) - b.frames).max() <= 1 for a, b in zip(whole, parts_of, strict=True))
+    assert many.timings["decode"] > 0 and set(many.timings) >= {"load", "text", "denoise", "decode", "per_step"}
+
+
+def test_an_error_while_decoding_beside_is_told(tmp_path):
+    parts = saved(family("cogvideox"), "cogvideox-5b", tmp_path / "m")
+    with watched(parts.family, "decode", lambda *given: 1 / 0), pytest.raises(ZeroDivisionError):
+        generator(parts, 1).generate("a star", num_videos_per_prompt=3, num_frames=9, height=64, width=96, num_inference_steps=1)
+
+
+def test_group_offload_changes_nothing():
+    "diffusers' groups, fetched to the CPU where there is no GPU: the blocks still run under a step cache."
+    from test_cache import batch_for, run
+
+    from vidgen.generate.cache import Memory
+
+    parts, chosen = family("cogvideox").tiny("cogvideox-5b"), (True, False, True, True, False, True)
+    exact = run(parts, batch_for(parts), memory=Memory(chosen))
+    parts.transformer.enable_group_offload(onload_device=torch.device("cpu"), offload_type="block_level", num_blocks_per_group=1)
+    assert torch.equal(run(parts, batch_for(parts), memory=Memory(chosen)), exact)
+
+
+LITTLE = """
+import resource, sys, warnings
+import vidgen, torch
+torch.set_num_threads(1)
+gen = vidgen.load("shapes-t2v")
+gen.generate("a red circle", num_inference_steps=1)
+used = int(open("/proc/self/statm").read().split()[0]) * 4096
+resource.setrlimit(resource.RLIMIT_AS, (used + int(sys.argv[1]) * 2**20,) * 2)
+with warnings.catch_warnings(record=True) as said:
+    warnings.simplefilter("always")
+    try:
+        clips = gen.generate("a red circle", num_inference_steps=2, num_videos_per_prompt=8, retry=sys.argv[2] == "yes")
+        print(len(clips), gen.plan.batch, "memory ran out" in clips[0].made["warnings"][-1])
+    except vidgen.errors.DoesNotFit as err:
+        print("DoesNotFit:", err)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits the address space as Linux does")
+@pytest.mark.parametrize("room, retry, says", [(60, "yes", "8 1 True"), (60, "no", "DoesNotFit"), (1, "yes", "DoesNotFit")])
+def test_memory_that_really_runs_out(room, retry, says):
+    "The process may take only so many MiB more: eight clips at once are too many, one is not."
+    done = subprocess.run([sys.executable, "-c", LITTLE, str(room), retry], capture_output=True, text=True, timeout=150)
+    assert says in done.stdout, done.stdout + done.stderr[-2000:]
+    if says == "DoesNotFit":
+        assert "ran out of memory" in done.stdout and "shapes-t2v on cpu" in done.stdout
+
+
+@pytest.mark.parametrize("wrong, says", [(dict(atention="sdpa"), "attention"), (dict(offload="model"), "host's memory"), (dict(quantise="int7"), "quantise"), (dict(plan="best"), "auto"),
+                                         (dict(gate=2), "gate"), (dict(cache="teacache"), "needs a value"), (dict(ulysses=2), "run_parallel")])
+def test_a_wrong_way_to_run_is_refused(wrong, says):
+    with pytest.raises(ValueError, match=says):
+        vidgen.load("shapes-t2v", **wrong).generate("a red circle", num_inference_steps=1)
+
+
+def test_a_plan_is_taken_as_it_is():
+    plan = replace(vidgen.load("shapes-t2v").plan, precision="bf16", batch=3, cache="steps:0-3,6", attention="math", tiling=True)
+    gen = vidgen.load("shapes-t2v", plan=plan)
+    clip = gen.generate("a red circle moving right on a white background", num_inference_steps=8)[0]
+    assert gen.plan == plan and gen.parts.transformer.dtype == torch.bfloat16 and gen.parts.vae.use_tiling
+    assert clip.made["plan"]["cache"] == "steps:0-3,6" and clip.made["computed_steps"] == "0-3,6" and "attention: math" in clip.made["carried_out"]
+
+
+@pytest.mark.slow
+def test_compiled_blocks_give_the_same_clip():
+    plain, fast_ = vidgen.load("shapes-t2v"), vidgen.load("shapes-t2v", compile=True)
+    asked = dict(num_inference_steps=6, cache="steps:0-2,5", gate=0.5, seed=3)
+    a, b = (g.generate("a red circle moving right on a white background", **asked)[0] for g in (plain, fast_))
+    assert np.abs(a.frames.astype(int) - b.frames).max() <= 1
