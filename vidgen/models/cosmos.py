@@ -14,7 +14,7 @@ from dataclasses import replace
 
 from ..errors import unknown
 from .cogvideox import tiny_text
-from .family import Caching, Entry, Family, Parts, Rules, Text, draw, prompt_notes, spelled
+from .family import Caching, Entry, Family, Parts, Rules, Text, draw, encode_each
 from .rectified import check_steps
 from .wan import tiny_vae as tiny_wan_vae
 
@@ -153,18 +153,12 @@ LENGTH = 512
 
 def encode_prompt(parts: Parts, prompts: list[str], x_BCHW=None) -> Text:
     "Prompts -> embeddings [B, 512, D], zero beyond each prompt's end; token counts and warnings. What exceeds the length is cut, and said."
-    import torch
+    def encode(read):
+        mask = read.attention_mask.bool()
+        hidden = parts.text_encoder(read.input_ids, attention_mask=mask).last_hidden_state
+        return {"embeds_BLD": hidden.masked_fill(~mask.unsqueeze(-1), 0).to(parts.dtype)}
 
-    prompts = [spelled(parts.tokenizer, p) for p in prompts]
-    tokens, notes = zip(*(prompt_notes(parts.tokenizer, p, LENGTH) for p in prompts), strict=True)
-    made = {}
-    with torch.no_grad():
-        for prompt in dict.fromkeys(prompts):
-            read = parts.tokenizer([prompt], padding="max_length", max_length=LENGTH, truncation=True, return_tensors="pt").to(parts.device)
-            mask = read.attention_mask.bool()
-            hidden = parts.text_encoder(read.input_ids, attention_mask=mask).last_hidden_state
-            made[prompt] = hidden.masked_fill(~mask.unsqueeze(-1), 0).to(parts.dtype)
-    return Text(torch.cat([made[p] for p in prompts]), tokens, notes)
+    return encode_each(parts, prompts, LENGTH, encode)
 
 # %% ../../nbs/20_models/28_cosmos.ipynb #87fcb6fe
 def sigma_data(parts: Parts) -> float:

@@ -12,7 +12,7 @@ from dataclasses import replace
 
 from ..errors import unknown
 from .cogvideox import tiny_text
-from .family import Caching, Entry, Family, Parts, Rules, Text, pictures, prompt_notes, spelled
+from .family import Caching, Entry, Family, Parts, Rules, Text, encode_each, pictures
 from .rectified import Sampler, check_steps, noise, target, training_loss
 
 # %% ../../nbs/20_models/25_wan.ipynb #f512d466
@@ -136,18 +136,13 @@ LENGTH = 512
 
 def encode_prompt(parts: Parts, prompts: list[str], x_BCHW=None) -> Text:
     "Prompts -> embeddings [B, 512, D], zero beyond each prompt's end; token counts and warnings. What exceeds the length is cut, and said."
-    import torch
     from diffusers.pipelines.wan.pipeline_wan import prompt_clean
 
-    prompts = [spelled(parts.tokenizer, prompt_clean(p)) for p in prompts]
-    tokens, notes = zip(*(prompt_notes(parts.tokenizer, p, LENGTH) for p in prompts), strict=True)
-    made = {}
-    with torch.no_grad():
-        for prompt in dict.fromkeys(prompts):
-            read = parts.tokenizer([prompt], padding="max_length", max_length=LENGTH, truncation=True, return_attention_mask=True, return_tensors="pt").to(parts.device)
-            hidden = parts.text_encoder(read.input_ids, read.attention_mask).last_hidden_state.to(parts.dtype)
-            made[prompt] = torch.nn.functional.pad(hidden[:, : int(read.attention_mask.sum())], (0, 0, 0, LENGTH - int(read.attention_mask.sum())))
-    return Text(torch.cat([made[p] for p in prompts]), tokens, notes)
+    def encode(read):
+        hidden = parts.text_encoder(read.input_ids, read.attention_mask).last_hidden_state.to(parts.dtype)
+        return {"embeds_BLD": hidden.masked_fill(~read.attention_mask.bool().unsqueeze(-1), 0)}
+
+    return encode_each(parts, [prompt_clean(p) for p in prompts], LENGTH, encode)
 
 # %% ../../nbs/20_models/25_wan.ipynb #602a6b41
 def latent_shape(parts: Parts, num_frames: int, height: int, width: int) -> tuple[int, int, int, int]:
