@@ -152,7 +152,7 @@ def fill(given: dict, entry: Entry) -> dict:
     own = settings.get().generate
     made = {k: given.get(k, getattr(entry, k)) for k in _SIZES}
     made |= {k: given[k] if k in given else getattr(own, k) or getattr(entry, k) for k in _TUNES}
-    return made | {"guidance": given.get("guidance") or entry.guidance, "negative_prompt": given.get("negative_prompt", ""), "seed": given.get("seed", own.seed)}
+    return made | {"guidance": given.get("guidance") or entry.guidance, "negative_prompt": given.get("negative_prompt", entry.negative_prompt), "seed": given.get("seed", own.seed)}
 
 
 def check_asked(model: Model, made: dict, image: str | None) -> None:

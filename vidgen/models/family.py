@@ -124,6 +124,7 @@ class Entry:
     num_inference_steps: int = 50
     guidance_scale: float = 6.0
     guidance: str = "constant"    # a schedule of vidgen.generate.guidance
+    negative_prompt: str = ""     # what its makers let guidance walk away from where nobody says anything; a request's own "" switches it off
     scheduler: str = ""           # a key of the family's schedulers; "" keeps the class the checkpoint names
     pipeline: str = ""            # the pipeline to run where the checkpoint names another one of the same components
     repo: str = ""                # where the weights are published
