@@ -139,6 +139,23 @@ def test_the_key_holds_the_bytes_of_a_picture_and_the_precision():
     assert fp32.key == key() != bf16.key
 
 
+def test_another_way_of_computing_is_another_clip():
+    ways = [{}, {"cache": "steps:0"}, {"gate": 0.5}, {"quantise": "int8-weight"}, {"plan": "auto"}]
+    assert len({read(asked(1), **how)[0].key for how in ways}) == 5
+    assert read(asked(1))[0].key == read(asked(1), cache="", gate=1.0, offload="none")[0].key
+    for wrong, says in (({"cach": "x"}, "nearest: cache"), ({"cache": "tea:1"}, "nearest: teacache"), ({"offload": "modl"}, "nearest: model"), ({"gate": 2}, "between 0 and 1"), ({"plan": 3}, "'auto'")):
+        with pytest.raises(ValueError, match=says):
+            batch(asked(1), "films", **wrong)
+    assert not Path("films").exists()
+
+
+def test_a_step_cache_holds_for_the_whole_batch():
+    exact, cached = (batch(asked(3, num_inference_steps=6), out, devices="cpu", **how) for out, how in (("films", {}), ("cached", {"cache": "steps:0,3"})))
+    assert not set(hashes(exact).values()) & set(hashes(cached).values()) and cached.facts["cache"] == "steps:0,3"
+    assert [r["status"] for r in batch(asked(3, num_inference_steps=6), "films", devices="cpu", cache="steps:0,3").rows] == ["made"] * 3
+    assert Clip.open("cached/clip-0.mp4").made["plan"]["cache"] == "steps:0,3"
+
+
 def test_a_model_trained_further_is_another(tmp_path):
     from vidgen.models.family import family, save_parts
 

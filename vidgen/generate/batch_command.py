@@ -61,6 +61,9 @@ def _finish(run: Run, outcome) -> None:
     run.finish(**number, **mean, out=str(outcome.folder), clips_per_minute=outcome.facts.get("clips_per_minute"), notes=outcome.facts.get("notes", []))
 
 
+_HOW = "How it runs"
+
+
 def command(
     requests: Annotated[str, typer.Argument(help="JSONL or a JSON list: one object for each request; - reads standard input.", show_default=False)],
     out: Annotated[str, typer.Option("--out", "-o", help="The folder of the films.", show_default=False)],
@@ -68,6 +71,15 @@ def command(
     at_once: Annotated[int | None, typer.Option(help="Clips computed together.", show_default="2 on a CPU, 4 on a GPU", min=1)] = None,
     precision: Annotated[str, typer.Option(help="auto, fp32, fp16, bf16.")] = "auto",
     force: Annotated[bool, typer.Option("--force", help="Load although memory looks too small.")] = False,
+    plan: Annotated[str | None, typer.Option(help="auto: the fastest way that fits.", show_default="one device, nothing saved", rich_help_panel=_HOW)] = None,
+    cache: Annotated[str, typer.Option(help="Skip steps that change little: auto, teacache:0.1, magcache:0.12, firstblock:0.05, steps:0-4,7,…", show_default="every step", rich_help_panel=_HOW)] = "",
+    gate: Annotated[float, typer.Option(help="Share of the steps that ask for guidance; the rest reuse it.", rich_help_panel=_HOW)] = 1.0,
+    attention: Annotated[str, typer.Option(help="auto, sdpa, cudnn, flash, efficient, math, flash-attn, sage, xformers, …", rich_help_panel=_HOW)] = "auto",
+    compile: Annotated[bool, typer.Option("--compile", help="Compile the blocks: slow to begin, then faster.", rich_help_panel=_HOW)] = False,
+    quantise: Annotated[str, typer.Option(help="int8-weight, int8-dynamic, fp8-weight, fp8-dynamic.", show_default="not", rich_help_panel=_HOW)] = "",
+    storage: Annotated[str, typer.Option(help="fp8: weights kept in 8 bits.", show_default="as computed", rich_help_panel=_HOW)] = "",
+    offload: Annotated[str, typer.Option(help="none, model, group or sequential: weights wait in the host's memory.", rich_help_panel=_HOW)] = "none",
+    tiling: Annotated[bool, typer.Option("--tiling", help="Decode frames in tiles: less memory.", rich_help_panel=_HOW)] = False,
     check: Annotated[bool, typer.Option("--check", help="Say what would be made, and make nothing.")] = False,
     no_run: Annotated[bool, typer.Option("--no-run", help="Keep no record under runs/.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
@@ -75,14 +87,17 @@ def command(
     "Make the clips of a file of requests, and a page of them. Exit status 1 when a clip could not be made."
     from vidgen.generate import batch as page
     from vidgen.generate.requests import read
+    from vidgen.models.plan import Plan
 
-    items = read(requests, precision=precision)
+    how = dict(cache=cache, gate=gate, attention=attention, compile=compile, quantise=quantise, storage=storage, offload=offload, tiling=tiling)
+    how = {k: v for k, v in how.items() if v != getattr(Plan, k)} | ({"plan": plan} if plan else {})
+    items = read(requests, precision=precision, **how)
     if check:
         print("\n".join(preview(items, Path(out).expanduser())))
         return int(any(i.fault for i in items))
-    params = {"requests": requests, "clips": len(items), "out": out, "devices": devices, "at_once": at_once, "precision": precision, "force": force}
+    params = {"requests": requests, "clips": len(items), "out": out, "devices": devices, "at_once": at_once, "precision": precision, "force": force} | how
     with _record(params, not no_run) as run:
-        outcome = page.batch(items, out, devices=devices, at_once=at_once, precision=precision, force=force)
+        outcome = page.batch(items, out, devices=devices, at_once=at_once, precision=precision, force=force, **how)
         if run:
             _finish(run, outcome)
         print(json.dumps(outcome.facts | {"rows": outcome.rows}, indent=1, ensure_ascii=False) if as_json else f"{outcome}" + (f"\nrun      {run.path}" if run else ""))

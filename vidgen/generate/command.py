@@ -90,7 +90,7 @@ class Request:
     model: str
     image: str | None = None
     seed: int = 0
-    negative_prompt: str = ""
+    negative_prompt: str | None = None
     num_frames: int | None = None
     height: int | None = None
     width: int | None = None
@@ -307,7 +307,7 @@ def generate(
     steps: Annotated[int | None, typer.Option("--steps", help="Denoising steps: more is slower and cleaner.", show_default="the model's own")] = None,
     guidance: Annotated[float | None, typer.Option("--guidance", help="How strongly the prompt steers; 1 = not at all.", show_default="the model's own")] = None,
     guidance_schedule: Annotated[str | None, typer.Option(help="constant, dynamic or dynamic-diffusers.", show_default="the model's own")] = None,
-    negative: Annotated[str, typer.Option(help="What guidance walks away from.", show_default=False)] = "",
+    negative: Annotated[str | None, typer.Option(help="What guidance walks away from; \"\" for nothing.", show_default="the model's own")] = None,
     frames: Annotated[int | None, typer.Option(help="Number of frames.", show_default="the model's own")] = None,
     width: Annotated[int | None, typer.Option(help="Pixels.", show_default="the model's own")] = None,
     height: Annotated[int | None, typer.Option(help="Pixels.", show_default="the model's own")] = None,

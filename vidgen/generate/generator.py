@@ -143,6 +143,7 @@ def resolve(parts: Parts, entry: Entry, prompt, image, *, seed, negative_prompt,
     steps = whole("num_inference_steps", num_inference_steps if num_inference_steps is not None else own.num_inference_steps or entry.num_inference_steps)
     scale = guidance_scale if guidance_scale is not None else own.guidance_scale or entry.guidance_scale
     schedule(guidance or entry.guidance, scale)
+    negative_prompt = entry.negative_prompt if negative_prompt is None else negative_prompt
     request = Request(prompts, per_clip("negative_prompt", negative_prompt, count, count // num_videos_per_prompt),
                       seed_list(own.seed if seed is None else seed, count), **fill, num_inference_steps=steps, guidance_scale=float(scale), guidance=guidance or entry.guidance,
                       cache=cache, gate=share("gate", gate))
@@ -318,7 +319,7 @@ class Generator:
         image=None,                              # path, PIL image, array, or a list of them: the first frame, for image-to-video models
         *,
         seed: int | list[int] | None = None,     # clip i gets seed + i; default: settings
-        negative_prompt: str | list[str] = "",   # what guidance walks away from
+        negative_prompt: str | list[str] | None = None,   # what guidance walks away from; default: the model's own, "" for nothing
         num_frames: int | None = None,           # these six default to the settings, then to the model's own
         height: int | None = None,
         width: int | None = None,

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['KEYS', 'Chunk', 'check_keys', 'Faults', 'parse', 'Item', 'Model', 'look_up', 'fill', 'check_asked', 'make_key',
-           'film_name', 'resolved', 'items_of', 'read', 'chunks']
+           'film_name', 'resolved', 'items_of', 'check_how', 'read', 'chunks']
 
 # %% ../../nbs/30_generate/390_requests.ipynb #eac5b1e5
 import hashlib
@@ -152,7 +152,7 @@ def fill(given: dict, entry: Entry) -> dict:
     own = settings.get().generate
     made = {k: given.get(k, getattr(entry, k)) for k in _SIZES}
     made |= {k: given[k] if k in given else getattr(own, k) or getattr(entry, k) for k in _TUNES}
-    return made | {"guidance": given.get("guidance") or entry.guidance, "negative_prompt": given.get("negative_prompt", ""), "seed": given.get("seed", own.seed)}
+    return made | {"guidance": given.get("guidance") or entry.guidance, "negative_prompt": given.get("negative_prompt", entry.negative_prompt), "seed": given.get("seed", own.seed)}
 
 
 def check_asked(model: Model, made: dict, image: str | None) -> None:
@@ -221,6 +221,23 @@ def items_of(
         found.append(Item(where, name, model=given.get("model") or pick(None, "image" in given), image=image, key=key, fault=model.fault or fault, billions=model.entry.billions, **own))
     return found
 
+# %% ../../nbs/30_generate/390_requests.ipynb #4741a986
+def check_how(how: dict) -> dict:
+    "Options of `load` beside precision, those that say what holds anyway left out. Errors: ValueError with the nearest option or value."
+    from vidgen.generate.steps import asked
+    from vidgen.models.plan import HOW, Plan
+
+    for word in how:
+        if word not in (*HOW, "plan"):
+            raise unknown("option of a batch", word, (*HOW, "plan", "precision", "force", "devices", "at_once"))
+    plan, chosen = how.get("plan"), {k: v for k, v in how.items() if k != "plan"}
+    if plan not in (None, "auto"):
+        raise ValueError(f"plan={plan!r}: 'auto' lets each model run the fastest way that fits, or leave it out")
+    found = Plan("", "cpu", "fp32", 0.0, 0.0, 0.0, 1, **chosen).how
+    if found.get("cache"):
+        asked(found["cache"])
+    return {"plan": plan} | chosen if plan else found
+
 # %% ../../nbs/30_generate/390_requests.ipynb #a7ba9342
 def _source(requests) -> tuple[str, Path, list[tuple[str, object]]]:
     "(what to call it, folder of its pictures, requests) of a path, `-` or dictionaries."
@@ -258,7 +275,7 @@ def read(
     requests = requests if isinstance(requests, (str, Path)) else list(requests)
     if requests and all(isinstance(r, Item) for r in requests):
         return requests
-    source, base, given = _source(requests)
+    how, (source, base, given) = check_how(how), _source(requests)
     _look_up.cache_clear()
     items, faults = [], []
     for where, value in given:

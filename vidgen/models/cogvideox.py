@@ -15,7 +15,7 @@ from dataclasses import replace
 from ..errors import unknown
 from .attention import joint
 from .convolution import by_frames
-from .family import Caching, Entry, Family, Parts, Rules, Text, prompt_notes, spelled
+from .family import Caching, Entry, Family, Parts, Rules, Text, encode_each
 
 # %% ../../nbs/20_models/23_cogvideox.ipynb #ae5afe4f
 _APACHE, _COG = "Apache-2.0", "CogVideoX LICENSE"
@@ -152,17 +152,8 @@ def clip_bytes(configs: dict, num_frames: int, height: int, width: int, bytes_pe
 # %% ../../nbs/20_models/23_cogvideox.ipynb #6a1a0e7c
 def encode_prompt(parts: Parts, prompts: list[str], x_BCHW=None) -> Text:
     "Prompts -> embeddings [B, L, D], token counts and warnings. What exceeds the model's length is cut, and said."
-    import torch
-
     limit = parts.transformer.config.max_text_seq_length
-    prompts = [spelled(parts.tokenizer, p) for p in prompts]
-    tokens, notes = zip(*(prompt_notes(parts.tokenizer, p, limit) for p in prompts), strict=True)
-    made = {}
-    with torch.no_grad():
-        for prompt in dict.fromkeys(prompts):
-            ids = parts.tokenizer([prompt], padding="max_length", max_length=limit, truncation=True, return_tensors="pt").input_ids
-            made[prompt] = parts.text_encoder(ids.to(parts.device))[0].to(parts.dtype)
-    return Text(torch.cat([made[p] for p in prompts]), tokens, notes)
+    return encode_each(parts, prompts, limit, lambda read: {"embeds_BLD": parts.text_encoder(read.input_ids)[0].to(parts.dtype)})
 
 # %% ../../nbs/20_models/23_cogvideox.ipynb #968f4ee1
 def latent_shape(parts: Parts, num_frames: int, height: int, width: int) -> tuple[int, int, int, int]:

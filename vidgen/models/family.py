@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FAMILIES', 'LATER', 'PRECISIONS', 'LEFT_OUT', 'draw', 'Caching', 'Family', 'later', 'family', 'Entry', 'Rules',
-           'Text', 'spelled', 'prompt_notes', 'unknown_words', 'pictures', 'Parts', 'dtype', 'read_json', 'read_index',
-           'read_configs', 'load_component', 'quiet', 'load_parts', 'stock', 'save_parts']
+           'Text', 'spelled', 'prompt_notes', 'unknown_words', 'encode_each', 'pictures', 'Parts', 'dtype', 'read_json',
+           'read_index', 'read_configs', 'load_component', 'quiet', 'load_parts', 'stock', 'save_parts']
 
 # %% ../../nbs/20_models/21_family.ipynb #44595613
 import importlib
@@ -124,6 +124,7 @@ class Entry:
     num_inference_steps: int = 50
     guidance_scale: float = 6.0
     guidance: str = "constant"    # a schedule of vidgen.generate.guidance
+    negative_prompt: str = ""     # what its makers let guidance walk away from where nobody says anything; a request's own "" switches it off
     scheduler: str = ""           # a key of the family's schedulers; "" keeps the class the checkpoint names
     pipeline: str = ""            # the pipeline to run where the checkpoint names another one of the same components
     repo: str = ""                # where the weights are published
@@ -198,6 +199,18 @@ def unknown_words(tokenizer, prompt: str) -> list[str]:
         return []
     words = dict.fromkeys(w.strip(".,;:!?'\"()") for w in prompt.split())
     return [w for w in words if w and len(tokenizer.tokenize(w)) != 1]
+
+# %% ../../nbs/20_models/21_family.ipynb #953c6a0f
+def encode_each(parts, prompts: list[str], limit: int, encode: Callable) -> Text:
+    "Each prompt alone and once, padded to `limit` tokens. `encode` takes the tokenizer's answer and gives `embeds_BLD` [1, L, D] and what else is read, as a dict."
+    import torch
+
+    prompts = [spelled(parts.tokenizer, p) for p in prompts]
+    tokens, notes = zip(*(prompt_notes(parts.tokenizer, p, limit) for p in prompts), strict=True)
+    with torch.no_grad():
+        made = {p: encode(parts.tokenizer([p], padding="max_length", max_length=limit, truncation=True, return_tensors="pt").to(parts.device)) for p in dict.fromkeys(prompts)}
+    whole = {k: torch.cat([made[p][k] for p in prompts]) for k in made[prompts[0]]}
+    return Text(whole.pop("embeds_BLD"), tokens, notes, whole)
 
 # %% ../../nbs/20_models/21_family.ipynb #638bbbe9
 def pictures(x_BCHW) -> list:

@@ -12,7 +12,7 @@ from dataclasses import replace
 
 from ..errors import unknown
 from .cogvideox import tiny_text
-from .family import Caching, Entry, Family, Parts, Rules, Text, prompt_notes, spelled
+from .family import Caching, Entry, Family, Parts, Rules, Text, encode_each
 from .rectified import Sampler, check_steps, dynamic_mu, noise, still, target, training_loss
 
 # %% ../../nbs/20_models/26_ltx.ipynb #267fcfbe
@@ -117,17 +117,7 @@ LENGTH = 128
 
 def encode_prompt(parts: Parts, prompts: list[str], x_BCHW=None) -> Text:
     "Prompts -> embeddings [B, 128, D] and `mask_BL`, true for what is no padding; token counts and warnings. What exceeds the length is cut, and said."
-    import torch
-
-    prompts = [spelled(parts.tokenizer, p) for p in prompts]
-    tokens, notes = zip(*(prompt_notes(parts.tokenizer, p, LENGTH) for p in prompts), strict=True)
-    made = {}
-    with torch.no_grad():
-        for prompt in dict.fromkeys(prompts):
-            read = parts.tokenizer([prompt], padding="max_length", max_length=LENGTH, truncation=True, return_tensors="pt").to(parts.device)
-            made[prompt] = parts.text_encoder(read.input_ids)[0].to(parts.dtype), read.attention_mask.bool()
-    embeds, masks = (torch.cat(rows) for rows in zip(*(made[p] for p in prompts), strict=True))
-    return Text(embeds, tokens, notes, {"mask_BL": masks})
+    return encode_each(parts, prompts, LENGTH, lambda read: {"embeds_BLD": parts.text_encoder(read.input_ids)[0].to(parts.dtype), "mask_BL": read.attention_mask.bool()})
 
 # %% ../../nbs/20_models/26_ltx.ipynb #032d76b3
 def latent_shape(parts: Parts, num_frames: int, height: int, width: int) -> tuple[int, int, int, int]:
