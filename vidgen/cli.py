@@ -34,6 +34,10 @@ COMMANDS = {
         vidgen generate "a blue star growing" --out star.mp4 --steps 40 --guidance 4
         vidgen generate --image photo.png "a red circle moving left"
         vidgen generate "a cat in the snow" --model cogvideox-5b --num-videos 4"""),
+    "export": Command("vidgen.generate.export_command:command", "Write a model as ONNX graphs, for machines without a GPU.", """
+        vidgen export shapes-t2v --out shapes-onnx
+        vidgen export shapes-t2v --out shapes-int8 --int8
+        vidgen export cogvideox-2b --out small --int8 --frames 9 --width 480 --height 320 --prompts mine.txt"""),
     "evaluate": Command("vidgen.evaluate.command:evaluate", "Measure clips with every metric, and write a report.", """
         vidgen evaluate runs/generate-… --suite world --out report
         vidgen evaluate clips/ --reference data/real --metrics all,-slow
