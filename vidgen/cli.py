@@ -39,6 +39,10 @@ COMMANDS = {
         vidgen batch requests.jsonl --out films --check
         vidgen batch requests.jsonl --out films --devices cuda:0,cuda:1
         vidgen batch - --out films --devices cpu:2 < requests.jsonl"""),
+    "export": Command("vidgen.generate.export_command:command", "Write a model as ONNX graphs, for machines without a GPU.", """
+        vidgen export shapes-t2v --out shapes-onnx
+        vidgen export shapes-t2v --out shapes-int8 --int8
+        vidgen export cogvideox-2b --out small --int8 --frames 9 --width 480 --height 320 --prompts mine.txt"""),
     "evaluate": Command("vidgen.evaluate.command:evaluate", "Measure clips with every metric, and write a report.", """
         vidgen evaluate runs/generate-… --suite world --out report
         vidgen evaluate clips/ --reference data/real --metrics all,-slow
