@@ -283,6 +283,21 @@ def test_a_disk_that_takes_nothing_ends_the_batch(monkeypatch):
     assert [r["status"] for r in batch(asked(4), "films", devices="cpu").rows] == ["kept"] + ["made"] * 3
 
 
+def test_a_chunk_stopped_in_its_middle_reports_what_it_has_made(monkeypatch):
+    real, calls = Clip.save, []
+
+    def save(clip, path, **k):
+        calls.append(path)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return real(clip, path, **k)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Clip, "save", save)
+        batch(asked(4), "films", devices="cpu", at_once=2)
+    assert [r["status"] for r in json.loads(Path("films/report.json").read_text())["rows"]] == ["made", "waiting", "waiting", "waiting"] and whole("films") == ["clip-0"]
+
+
 def test_cancel_keeps_what_is_made():
     cancel = Cancel()
     with pytest.raises(Canceled):

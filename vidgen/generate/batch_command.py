@@ -60,7 +60,7 @@ def _finish(run: Run, outcome) -> None:
     run.share(outcome.page)
     run.finish(**number, **mean, out=str(outcome.folder), clips_per_minute=outcome.facts.get("clips_per_minute"), notes=outcome.facts.get("notes", []))
 
-
+# %% ../../nbs/30_generate/392_batch_command.ipynb #5cc44ac2
 _HOW = "How it runs"
 
 
