@@ -95,6 +95,8 @@ def remembering(parts: Parts, memory: Memory | None):
     if not (names := parts.family.caching.blocks):
         raise ValueError(f"the family {parts.family_name} does not say where its blocks are (Family.caching): it can't use a step cache yet")
     net = parts.transformer
+    if missing := [name for name in names if not hasattr(net, name)]:
+        raise ValueError(f"this transformer has no {missing[0]} that could be skipped: a step cache needs the model itself, not an export of it")
     own = {name: getattr(net, name) for name in names}
     try:
         for i, name in enumerate(names):

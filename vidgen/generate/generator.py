@@ -362,7 +362,8 @@ class Generator:
             return baseline.denoise, None
         own, made = cache.measured(self.folder), []
         make = lambda timesteps: cache.memory_for(request.cache, self.parts, self.entry.name, timesteps, own)  # noqa: E731
-        make(self.parts.family.sampler(self.parts, request.num_inference_steps, []).timesteps)
+        with cache.remembering(self.parts, make(self.parts.family.sampler(self.parts, request.num_inference_steps, []).timesteps)):
+            pass
 
         def denoise(parts, *given):
             return cache.denoise(parts, *given, memory=lambda timesteps: made.append(make(timesteps)) or made[-1], gate=request.gate)

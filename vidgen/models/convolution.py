@@ -43,7 +43,7 @@ def by_frames(module):
             return type(m)._conv_forward(m, x, weight, bias)
         return conv3d(x, weight, bias, padding=m.padding[1:])
 
-    chosen = [m for m in module.modules() if fits(m)]
+    chosen = [m for m in getattr(module, "modules", list)() if fits(m)]  # an exported autoencoder has none
     for m in chosen:
         m._conv_forward = forward.__get__(m)
     try:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PACKAGED', 'entries', 'by_repo', 'hub_cache', 'snapshots', 'candidates', 'fetch_command', 'locate', 'missing',
            'local', 'resolve', 'find', 'promised', 'check', 'Table', 'size_text', 'row', 'models', 'plan_for',
-           'set_threads', 'load', 'planned', 'realise', 'load_scheduled']
+           'set_threads', 'load', 'graphs', 'planned', 'realise', 'load_scheduled']
 
 # %% ../../nbs/20_models/24_registry.ipynb #360f37fc
 import os
@@ -17,7 +17,7 @@ from pathlib import Path
 from .. import settings
 from ..errors import CorruptWeights, WeightsMissing, unknown
 from . import plan as plans
-from .family import FAMILIES, Entry, Family, family, later, load_parts, read_configs, read_index
+from .family import EXPORT, FAMILIES, Entry, Family, family, later, load_parts, read_configs, read_index, read_json
 
 # %% ../../nbs/20_models/24_registry.ipynb #1d5085ea
 def entries() -> dict[str, Entry]:
@@ -82,6 +82,9 @@ def local(path: Path) -> tuple[Entry, Path]:
     "A diffusers folder nobody has named; its family is known by the pipeline's class. WeightsMissing or ValueError if it isn't one."
     if not (path / "model_index.json").is_file():
         raise WeightsMissing(f"{path} holds no model: model_index.json is missing. A model folder is what diffusers' save_pretrained writes")
+    if (path / EXPORT).is_file():
+        facts = read_json(path / EXPORT)
+        return Entry(**facts["entry"] | {"also": tuple(facts["entry"]["also"])} | dict(zip(("num_frames", "height", "width"), facts["size"], strict=True))), path
     pipeline = read_index(path)[0]
     for f in map(family, FAMILIES):
         if pipeline in f.pipelines:
@@ -230,6 +233,8 @@ def load(
     own = settings.get().model
     entry, folder = resolve(name or own.name)
     check(entry, folder)
+    if (folder / EXPORT).is_file():
+        return graphs(folder, force, device=device, precision=precision, plan=plan or "auto", scheduler=scheduler or "auto", **how)
     entry = replace(entry, scheduler=scheduler or entry.scheduler)
     for word in how:
         if word not in plans.HOW:
@@ -241,6 +246,17 @@ def load(
             dtype(precision)
         plan = planned(plan, entry, folder, device, precision, force)
     return realise(entry, folder, replace(plan, **how))
+
+
+def graphs(folder: Path, force: bool, **asked):
+    "The Generator of an ONNX export. ValueError for a way of running that its graphs have fixed."
+    from vidgen.generate.onnx import load_onnx
+
+    if fixed := [word for word, value in asked.items() if value not in ("auto", "cpu", "", False) and value != getattr(plans.Plan, word, None) and word not in ("cache", "gate")]:
+        raise ValueError(f"{folder.name} is an ONNX export: {', '.join(fixed)} can't be chosen any more; load the model it was made from, or leave that out")
+    gen = load_onnx(folder, force=force)
+    gen.plan = replace(gen.plan, **{word: asked[word] for word in ("cache", "gate") if word in asked})
+    return gen
 
 
 def planned(plan: str | None, entry: Entry, folder: Path, device: str, precision: str, force: bool):
