@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PROMPTS', 'FILE', 'PLACES', 'first_frames', 'calibration_prompts', 'trajectories', 'Exported', 'check_exportable',
-           'check_place', 'export', 'read', 'OnnxParts', 'load_onnx']
+           'check_place', 'export', 'read', 'load_onnx']
 
 # %% ../../nbs/30_generate/37_onnx.ipynb #e6697eab
 import json
@@ -302,7 +302,7 @@ class _OneSize(Rules):
                              + "for another size export the model again, e.g. vidgen export MODEL --out DIR --frames 9")
 
 
-class OnnxParts(Parts):
+class _OnnxParts(Parts):
     "Components of which some are ONNX graphs."
 
     def __init__(self, parts: Parts, components: dict, facts: dict):
@@ -335,7 +335,7 @@ def load_onnx(
     of = family(entry.family)
     configs = {name: read_json(path) for path in folder.glob("*/config.json") for name in [path.parent.name]}
     plan = plans.make(f"{entry.name}, ONNX {'INT8' if made.int8 else 'float32'},", made.bytes // 4, of.clip_bytes(configs, *made.size, 4), force=force)
-    parts = OnnxParts(load_parts(of, folder), _components(folder, facts, configs, threads), facts)
+    parts = _OnnxParts(load_parts(of, folder), _components(folder, facts, configs, threads), facts)
     gen = Generator(parts, entry, plan, folder=folder, load_seconds=time.perf_counter() - start)
     gen.weights = _fingerprint(facts)
     return gen
