@@ -9,6 +9,8 @@ from vidgen.generate.quantised import KINDS, choose, quantise, quantised_layers,
 from vidgen.models.family import family
 
 ANYWHERE = [k for k in KINDS if k != "fp8-dynamic"]
+JOINT = {f"attn1.{n}" for n in ("to_q", "to_k", "to_v", "to_out.0")}
+BOTH = JOINT | {n.replace("attn1", "attn2") for n in JOINT}
 TINY = {"cogvideox": "cogvideox-5b", "wan": "wan2.1-t2v-1.3b"}
 
 
@@ -24,6 +26,7 @@ def test_the_chosen_layers_and_no_others(name, kind):
     exact = ours(before, "a red circle")
     report = quantise(parts, kind, smallest=24)
     chosen, left = choose(before.transformer, smallest=24)
+    assert {n.split(".", 2)[2] for n in chosen} == {"cogvideox": JOINT | {"ff.net.0.proj", "ff.net.2"}, "wan": BOTH | {"ffn.net.0.proj", "ffn.net.2"}}[name], "attention and feed-forward, no norm"
     assert quantised_layers(parts.transformer) == chosen and (report.layers, report.of) == (len(chosen), len(chosen) + left.total())
     same = {n: p for n, p in before.transformer.named_parameters() if n.removesuffix(".weight") not in chosen}
     assert all(torch.equal(parts.transformer.get_parameter(n), p) for n, p in same.items())
@@ -58,6 +61,14 @@ def test_a_refusal_touches_nothing(how, says):
     with pytest.raises(ValueError, match=says):
         quantise(parts, **how)
     assert not quantised_layers(parts.transformer)
+
+
+def test_twice_is_refused():
+    pytest.importorskip("torchao")
+    parts = tiny("cogvideox")
+    quantise(parts, "int8-weight", smallest=24)
+    with pytest.raises(ValueError, match="quantised already"):
+        quantise(parts, "int8-dynamic", smallest=24)
 
 
 def test_without_torchao_the_extra_is_named(monkeypatch):
