@@ -12,6 +12,7 @@ __version__ = "0.1.0"
 
 __getattr__, __dir__, __all__ = front("vidgen", {
     "models.registry": ("load",),
+    "models.estimate": ("estimate",),
     "clip": ("Clip",),
     "runs": ("Run",),
     "data.manifest": ("Manifest",),

@@ -17,5 +17,9 @@ __getattr__, __dir__, __all__ = front("vidgen.models", {
     "ltx": (),
     "hunyuan": (),
     "cosmos": (),
+    "published": (),
+    "walk": (),
+    "estimate": ("choose",),
+    "needs": (),
     "registry": ("entries", "find", "load", "models"),
 })

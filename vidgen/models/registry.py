@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PACKAGED', 'entries', 'by_repo', 'hub_cache', 'snapshots', 'candidates', 'fetch_command', 'locate', 'missing',
-           'local', 'resolve', 'find', 'promised', 'check', 'Table', 'size_text', 'row', 'models', 'plan_for',
-           'set_threads', 'load', 'graphs', 'planned', 'realise', 'load_scheduled']
+           'local', 'resolve', 'find', 'promised', 'check', 'Table', 'fits_here', 'size_text', 'row', 'models',
+           'plan_for', 'set_threads', 'load', 'graphs', 'planned', 'realise', 'load_scheduled']
 
 # %% ../../nbs/20_models/24_registry.ipynb #360f37fc
 import os
@@ -17,7 +17,7 @@ from pathlib import Path
 from .. import settings
 from ..errors import CorruptWeights, WeightsMissing, unknown
 from . import plan as plans
-from .family import EXPORT, FAMILIES, Entry, Family, family, later, load_parts, read_configs, read_index, read_json
+from .family import EXPORT, FAMILIES, PRECISIONS, Entry, Family, family, later, load_parts, read_configs, read_index, read_json
 
 # %% ../../nbs/20_models/24_registry.ipynb #1d5085ea
 def entries() -> dict[str, Entry]:
@@ -164,6 +164,21 @@ class Table(list):
         head = cell(f"<th>{escape(k)}</th>" for k in (self[0] if self else {}))
         return f"<table><tr>{head}</tr>" + cell("<tr>" + cell(f"<td>{escape(str(v))}</td>" for v in row.values()) + "</tr>" for row in self) + "</table>"
 
+# %% ../../nbs/20_models/24_registry.ipynb #fitscd01
+def fits_here(entry: Entry, folder: Path | None, values: float, device: str, free: int) -> str:
+    "`fits`, `fits with …`, `does not fit`, or nothing where that can't be known: by kept numbers, or for a folder nobody has named by its files and its family's rule."
+    from vidgen.models.needs import fits
+
+    found = fits(entry.name, device, free)
+    if found or not folder:
+        return found
+    try:
+        per_value = PRECISIONS[entry.precision]
+        need = values * per_value + family(entry.family).clip_bytes(read_configs(folder), entry.num_frames, entry.height, entry.width, per_value)
+    except (CorruptWeights, OSError, KeyError):
+        return ""
+    return "fits" if need <= free else "does not fit"
+
 # %% ../../nbs/20_models/24_registry.ipynb #b03ca3dd
 def size_text(size: int) -> str:
     "Bytes as people read them."
@@ -173,8 +188,8 @@ def size_text(size: int) -> str:
     return f"{size / 1e3:.0f} kB"
 
 
-def row(entry: Entry, kind: str, folder: Path | None) -> dict:
-    "One line of the table: what is there is measured, what isn't comes from the entry."
+def row(entry: Entry, kind: str, folder: Path | None, here: tuple[str, int]) -> dict:
+    "One line of the table: what is there is measured, what isn't comes from the entry. `here` is the device and its free bytes."
     values, size = entry.billions * 1e9, ""
     if folder:
         try:
@@ -183,18 +198,21 @@ def row(entry: Entry, kind: str, folder: Path | None) -> dict:
         except (CorruptWeights, OSError):
             size = "incomplete or damaged"
     amount = f"{values / 1e9:.2f} B" if values >= 1e8 else f"{values / 1e6:.2f} M" if values else ""
-    return {"name": entry.name, "task": entry.task, "parameters": amount, "licence": entry.licence, "on disk": size,
+    return {"name": entry.name, "task": entry.task, "parameters": amount, "licence": entry.licence, "fits here": fits_here(entry, folder, values, *here), "on disk": size,
             "where": f"{kind}: {folder}" if folder else f"not here; {fetch_command(entry)}"}
 
 
 def models() -> Table:
-    "Every model with a name and every model folder in `model.paths`: task, parameters, licence, size, and where it is or what fetches it."
-    rows = [row(e, *(locate(e) or ("", None))) for e in entries().values()]
+    "Every model with a name and every model folder in `model.paths`: task, parameters, licence, whether it fits here, size, and where it is or what fetches it."
+    from vidgen.models.needs import here
+
+    now = here()
+    rows = [row(e, *(locate(e) or ("", None)), now) for e in entries().values()]
     known = {path for e in entries().values() for _, path in candidates(e)}
     for root in settings.get().model_folders():
         for folder in sorted(p.parent for p in root.glob("*/model_index.json") if p.parent not in known):
             try:
-                rows.append(row(local(folder)[0], "model.paths", folder))
+                rows.append(row(local(folder)[0], "model.paths", folder, now))
             except (ValueError, OSError, CorruptWeights, KeyError):
                 continue  # a model of another kind
     return Table(rows)
@@ -202,8 +220,6 @@ def models() -> Table:
 # %% ../../nbs/20_models/24_registry.ipynb #1ab25d4a
 def plan_for(entry: Entry, folder: Path, *, device: str, precision: str, force: bool = False):
     "The plan to run `entry` from `folder`, at its default size. DoesNotFit unless `force`."
-    from vidgen.models.family import PRECISIONS
-
     values = sum(w.parameters for w in plans.weights(folder).values())
     clip = family(entry.family).clip_bytes(read_configs(folder), entry.num_frames, entry.height, entry.width, PRECISIONS[precision])
     return plans.make(entry.name, values, clip, device=device, precision=precision, force=force)

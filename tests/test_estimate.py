@@ -1,0 +1,252 @@
+"""Estimates held against real runs, hand calculations and published measurements; plans chosen and refused."""
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from vidgen.errors import DoesNotFit
+from vidgen.models import registry
+from vidgen.models.estimate import CARDS, ROOM, cheaper, choose, computed, estimate, resident, rungs, speed, stored
+from vidgen.models.family import FAMILIES, family, save_parts
+from vidgen.models.needs import fits, fitting, needs
+from vidgen.models.plan import GIB, Plan
+from vidgen.models.published import known, picture, sizes, skeleton, text
+from vidgen.models.walk import Executed, Training, decoding, learning, step
+
+LONG, WIDE = (81, 480, 832), (81, 720, 1280)
+TINY = {"cogvideox": ("cogvideox-2b", "cogvideox-5b", "cogvideox1.5-5b-i2v"), "wan": ("wan2.1-t2v-1.3b", "wan2.1-i2v-14b-480p"), "ltx": ("ltx-video", "ltx-video-i2v"),
+        "hunyuan": ("hunyuanvideo", "hunyuanvideo-i2v-33ch"), "cosmos": ("cosmos-1-7b-text2world", "cosmos-2-2b-video2world")}
+
+
+# What is counted without numbers is what a real run does
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    torch.set_num_threads(1)
+    root = tmp_path_factory.mktemp("tiny")
+    return {name: save_parts(family(f).tiny(name, words=["a", "red"]), root / name) for f, names in TINY.items() for name in names}
+
+
+@pytest.mark.parametrize("name", [name for names in TINY.values() for name in names])
+def test_operations_are_those_of_a_real_pass(name, folders):
+    entry, parts = skeleton(folders[name])
+    size = (9, 64, 96)
+    one = step(str(folders[name]), parts.precision, size, 2)
+    real = registry.load_scheduled(parts.family, entry, folders[name], "cpu", parts.precision)
+    shape = real.family.latent_shape(real, *size)
+    shown = picture(parts, shape, 1)
+    shown = {k: torch.zeros(v.shape, dtype=v.dtype) if isinstance(v, torch.Tensor) else v for k, v in shown.items()} if isinstance(shown, dict) else shown if shown is None else torch.zeros(shown.shape)
+    given = text(parts, 2)
+    given = {k: torch.ones(v.shape, dtype=v.dtype) for k, v in given.items()} if isinstance(given, dict) else torch.zeros(given.shape, dtype=given.dtype)
+    extras = real.family.extras(real, shape, shown)
+    with torch.no_grad(), torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH), FlopCounterMode(display=False) as counted:
+        answer = real.family.predict(real, torch.zeros(2, *shape), torch.tensor(500.0), given, extras)
+    assert answer.shape == (2, *shape) and abs(one.flops / counted.get_total_flops() - 1) < 0.01
+
+
+def test_memory_is_that_of_real_tensors(folders):
+    "The same observer over real tensors on the CPU sees the same tide as over tensors without values."
+    name = folders["ltx-video"]
+    entry, parts = skeleton(name)
+    real = registry.load_scheduled(parts.family, entry, name, "cpu", parts.precision)
+    z = torch.zeros(1, *real.family.latent_shape(real, 9, 64, 96))
+    with torch.no_grad(), Executed([*real.vae.parameters(), *real.vae.buffers()]) as seen:
+        real.family.decode(real, z, 9)
+    assert abs(decoding(str(name), parts.precision, (9, 64, 96)).peak_bytes / seen.peak - 1) < 0.05
+
+
+def test_a_training_step_really_goes_back(folders):
+    for name in ("cogvideox-5b", "wan2.1-i2v-14b-480p", "hunyuanvideo", "cosmos-2-2b-video2world"):
+        model, size = str(folders[name]), (9, 64, 96)
+        _, parts = skeleton(model)
+        forth = step(model, parts.precision, size, 1)
+        kept, values, learns = learning(model, size, 1, Training(rank=4, gradient_checkpointing=False))
+        again, *_ = learning(model, size, 1, Training(rank=4))
+        whole, every, _ = learning(model, size, 1, Training("full"))
+        assert learns == 4 * values and every == sum(p.numel() for p in parts.transformer.parameters()), name
+        assert 1.9 < kept.flops / forth.flops < 3.5 and kept.flops < again.flops and whole.flops > again.flops, name
+        assert again.peak_bytes <= kept.peak_bytes, name
+
+
+def test_adapters_learn_as_many_values_as_peft_says():
+    from peft import LoraConfig
+
+    _, values, _ = learning("cogvideox-2b", (9, 64, 96), 1, Training(rank=16))
+    parts = family("cogvideox").tiny("cogvideox-2b")
+    parts.transformer.add_adapter(LoraConfig(r=16, target_modules=list(parts.family.adapter_targets)))
+    tiny = sum(p.numel() for p in parts.transformer.parameters() if p.requires_grad)
+    assert tiny == 2 * 4 * 16 * (32 + 32) and values == 30 * 4 * 16 * (1920 + 1920)
+
+
+# Published and hand-made figures
+
+
+@pytest.mark.parametrize("name,size,flops", [
+    ("cogvideox-2b", (49, 480, 720), 1.20e14), ("cogvideox-5b", (49, 480, 720), 3.32e14), ("cogvideox1.5-5b", (81, 768, 1360), 1.48e15), ("wan2.1-t2v-1.3b", LONG, 2.83e14),
+    ("wan2.1-t2v-14b", LONG, 1.68e15), ("wan2.1-t2v-14b", WIDE, 6.52e15), ("hunyuanvideo", (129, 720, 1280), 1.21e16)])
+def test_operations_agree_with_those_by_hand(name, size, flops):
+    one = step(name, "bf16", size, 1)
+    assert abs(one.flops / flops - 1) < 0.03
+    assert {"cogvideox-2b": 0.61, "cogvideox-5b": 0.49, "wan2.1-t2v-1.3b": 0.71, "hunyuanvideo": 0.87}.get(name, one.attention / one.flops) == pytest.approx(one.attention / one.flops, abs=0.01)
+
+
+@pytest.mark.parametrize("name", [e.name for e in registry.entries().values() if e.repo])
+def test_every_model_has_the_parameters_that_were_published(name):
+    entry, parts = skeleton(name)
+    assert sum(s.values for s in sizes(parts).values()) / 1e9 == pytest.approx(entry.billions, rel=0.005)
+    assert all(p.is_meta for m in parts.modules().values() for p in m.parameters())
+
+
+_LORA = dict(task="lora", trained="bf16")
+FACTORY = [  # cogvideox-factory, A100 80 GB, 49 frames 480x720, encoders on the same card first
+    ("cogvideox-2b", 12.9, dict(_LORA, rank=16)), ("cogvideox-2b", 13.0, dict(_LORA, rank=64)), ("cogvideox-2b", 13.1, dict(_LORA, rank=256)),
+    ("cogvideox-2b", 43.8, dict(_LORA, rank=16, gradient_checkpointing=False)), ("cogvideox-2b", 44.3, dict(_LORA, rank=64, gradient_checkpointing=False)), ("cogvideox-2b", 45.8, dict(_LORA, rank=256, gradient_checkpointing=False)),
+    ("cogvideox-2b", 21.8, dict(_LORA, rank=16, batch=4)), ("cogvideox-2b", 22.3, dict(_LORA, rank=256, batch=4)),
+    ("cogvideox-2b", 33.9, dict(task="full")), ("cogvideox-2b", 16.4, dict(task="full", optimizer="adamw-8bit")), ("cogvideox-2b", 16.4, dict(task="full", optimizer="adamw-offload")),
+    ("cogvideox-2b", 13.1, dict(task="full", optimizer="adamw-offload", trained="bf16")),
+    ("cogvideox-5b", 19.7, dict(_LORA, rank=16)), ("cogvideox-5b", 20.8, dict(_LORA, rank=64)), ("cogvideox-5b", 22.1, dict(_LORA, rank=256)), ("cogvideox-5b", None, dict(_LORA, rank=16, gradient_checkpointing=False)),
+    ("cogvideox-5b", 46.5, dict(_LORA, rank=16, batch=4)), ("cogvideox-5b", 47.8, dict(_LORA, rank=256, batch=4)),
+    ("cogvideox-5b", None, dict(task="full")), ("cogvideox-5b", 52.8, dict(task="full", optimizer="adamw-8bit")), ("cogvideox-5b", 39.4, dict(task="full", optimizer="adamw-offload")),
+    ("cogvideox-5b", 20.0, dict(task="full", optimizer="adamw-offload", trained="bf16"))]
+QUICK = {1, 3, 9, 10}
+
+
+@pytest.mark.parametrize("row", [i if i in QUICK else pytest.param(i, marks=pytest.mark.slow) for i in range(len(FACTORY))])
+def test_memory_of_training_agrees_with_the_factorys_measurements(row):
+    name, measured, how = FACTORY[row]
+    plan = estimate(name, precision="bf16", device="a100-80gb", encoders="first", **how)
+    assert not plan.fits if measured is None else abs(plan.need_gib / measured - 1) < 0.15, plan.need_gib
+    assert plan.need_gib == pytest.approx(plan.weight_gib + plan.clip_gib) and plan.seconds > 0
+
+
+# Ways to run
+
+
+def test_offloading_leaves_less_at_every_rung():
+    held = sizes(skeleton("wan2.1-i2v-14b-480p")[1])
+    plans = [Plan("m", "cuda", "bf16", 0, 0, 1, 1, offload=way) for way in ("none", "model", "group", "sequential")]
+    most = [max(resident(held, p).values()) for p in plans]
+    assert most == sorted(most, reverse=True) and most[0] == pytest.approx(sum(s.bytes for s in held.values()) / GIB) and most[1] == pytest.approx(held["transformer"].bytes / GIB)
+    eight = stored(held["transformer"], Plan("m", "cuda", "bf16", 0, 0, 1, 1, storage="fp8"), "transformer")
+    assert 0.5 < eight / stored(held["transformer"], plans[0], "transformer") < 0.52
+
+
+def test_skipped_steps_and_unguided_ones_cost_less():
+    ask = dict(device="h100", num_frames=9, height=64, width=96)
+    full = estimate("cogvideox-2b", **ask)
+    half, gated, cut = (estimate("cogvideox-2b", **ask, **how).flops for how in (dict(cache="steps:" + ",".join(map(str, range(0, 50, 2)))), dict(gate=0.5), dict(num_inference_steps=25)))
+    decode = decoding("cogvideox-2b", "fp16", (9, 64, 96)).flops
+    assert half - decode == pytest.approx((full.flops - decode) / 2) and gated - decode == pytest.approx(0.75 * (full.flops - decode)) and cut == pytest.approx(half)
+    entry = registry.entries()["wan2.1-t2v-1.3b"]
+    assert computed(entry, "magcache:0.12", 50) == (21, "") and computed(entry, "auto", 50) == (21, "") and computed(entry, "", 50) == (50, "")
+    assert computed(entry, "teacache:0.05", 50)[0] == 50 and "weights" in computed(entry, "teacache:0.05", 50)[1]
+
+
+def test_a_distilled_model_is_asked_once():
+    assert estimate("hunyuanvideo", device="h200", num_frames=1, height=64, width=96).flops < 51 * step("hunyuanvideo", "bf16", (1, 64, 96), 1).flops + decoding("hunyuanvideo", "bf16", (1, 64, 96)).flops
+
+
+@pytest.mark.parametrize("wrong,said", [
+    (dict(task="lorra"), "nearest: lora"), (dict(offload="grop"), "nearest: group"), (dict(tilling=True), "nearest: tiling"), (dict(device="h1000"), "nearest: h100"), (dict(precision="fb16"), "fp16"),
+    (dict(num_frames=48), "nearest: 41 or 49"), (dict(height=481), "multiple"), (dict(batch=0), "batch"), (dict(task="lora", cache="auto"), "way to generate"), (dict(task="lora", optimizer="adam8"), "adamw-8bit"),
+    (dict(task="lora", rank=0), "rank"), (dict(task="full", encoders="frist"), "nearest: first"), (dict(cache="tecache:1"), "teacache"), (dict(gate=2), "gate")])
+def test_what_cannot_be_is_refused_with_what_could(wrong, said):
+    with pytest.raises(ValueError, match=said):
+        estimate("cogvideox-2b", **(dict(device="h100") | wrong))
+    with pytest.raises(ValueError, match="nearest: .*cogvideox-2b"):
+        estimate("cogvideo-2b", device="h100")
+
+
+# The ladder
+
+
+@pytest.mark.parametrize("card,how", [("h200", {}), ("rtx-4090", {"offload": "model", "tiling": True})])
+def test_the_fastest_plan_that_fits_is_chosen(card, how):
+    plan = choose("cogvideox-5b", device=card)
+    assert plan.how == how and plan.need_gib <= ROOM * CARDS[card].gib and plan.precision == "bf16"
+    faster = [w for w in rungs(card, "bf16")][: [dict(w, precision="bf16") == dict(how, precision="bf16") for w in rungs(card, "bf16")].index(True)]
+    assert all(estimate("cogvideox-5b", device=card, **way).need_gib > ROOM * CARDS[card].gib for way in faster)
+
+
+def test_a_step_cache_is_taken_only_when_loss_is_allowed():
+    ask = dict(device="h100", num_frames=9)
+    assert choose("wan2.1-t2v-1.3b", **ask).cache == "" and choose("wan2.1-t2v-1.3b", allow_loss=True, **ask).cache == "magcache:0.12"
+
+
+def test_what_never_fits_says_what_would():
+    with pytest.raises(DoesNotFit, match=r"cheapest plan needs .*(frames it would|would do).*fit here: ") as caught:
+        choose("hunyuanvideo", device="cuda" if torch.cuda.is_available() else "rtx-4090", free_bytes=4 * GIB)
+    assert caught.value.plan.offload == "sequential"
+    assert choose("hunyuanvideo", device="rtx-4090", free_bytes=4 * GIB, force=True).forced
+
+
+def test_every_plan_has_a_cheaper_one_until_none_is_left():
+    for device in ("cuda", "cpu"):
+        for precision in ("fp32", "bf16"):
+            plan, seen = Plan("nobody-knows", device, precision, 10, 5, 12, 1, cache="steps:0-4", gate=0.5), []
+            while plan:
+                assert plan.as_dict() not in seen and plan.cache == "steps:0-4" and plan.gate == 0.5
+                seen.append(plan.as_dict())
+                plan = cheaper(plan)
+            assert len(seen) == len(rungs(device, precision)) - (device == "cuda"), (device, precision)  # tiles are kept, so one rung is skipped
+            assert seen[-1]["tiling"] and seen[-1]["offload"] == ("none" if device == "cpu" else "sequential")
+    assert cheaper(Plan("m", "cuda", "bf16", 10, 5, 12, 1, offload="group", storage="fp8")).how == {"offload": "group", "storage": "fp8", "tiling": True}
+    assert cheaper(Plan("m", "cpu", "bf16", 10, 5, 12, 1, tiling=True, quantise="int8-weight")) is None
+
+
+def test_a_folder_is_planned_from_its_own_configurations(folders):
+    plan = choose(folders["cogvideox-2b"], device="cpu")
+    assert plan.precision == "fp32" and not plan.how and plan.batch >= 1 and plan.model == folders["cogvideox-2b"].name
+    assert choose("shapes-t2v", device="cpu").need_gib < 1
+
+
+# What fits here
+
+
+def test_the_kept_numbers_still_hold():
+    assert set(needs()) == {e.name for e in registry.entries().values() if e.repo}
+    for name in ("cogvideox-2b", "ltx-video"):
+        entry, parts = skeleton(name)
+        size, tide = (entry.num_frames, entry.height, entry.width), needs()[name]["tide_gib"]
+        assert step(name, entry.precision, size, 2).peak_bytes / GIB == pytest.approx(tide["denoise"], rel=0.05)
+        assert {k: s.values for k, s in sizes(parts).items()} == {k: s["values"] for k, s in needs()[name]["sizes"].items()}
+
+
+@pytest.mark.parametrize("name,card", [("cogvideox-5b", "rtx-4090"), ("cogvideox-2b", "t4"), ("ltx-video", "l4")])
+def test_the_table_says_what_choose_does(name, card):
+    how = choose(name, device=card).how
+    words = [f"{k} {v}" if v is not True else k for k, v in how.items()]
+    assert fits(name, card, CARDS[card].gib * GIB) == "fits" + (f" with {', '.join(words)}" if words else "")
+    assert name in fitting(card, CARDS[card].gib * GIB)
+
+
+def test_the_table_of_models_is_quick_and_imports_no_torch():
+    code = ("import sys, time; start = time.perf_counter(); from vidgen.models import registry; rows = registry.models();"
+            "assert all('fits here' in r for r in rows) and {r['fits here'] for r in rows if r['name'].startswith('shapes')} == {'fits'}, rows;"
+            "assert 'torch' not in sys.modules and 'diffusers' not in sys.modules")
+    env = {"VIDGEN_MODEL_DEVICE": "cpu"}
+    import os
+
+    subprocess.run([sys.executable, "-c", code], check=True, env=os.environ | env)
+
+
+def test_the_command(capsys):
+    from vidgen.cli import main
+
+    assert main(["estimate", "ltx-video", "--device", "rtx-4090", "--frames", "9", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["num_frames"] == 9 and found["takes"] is not None and {p["device"] for p in found["plans"]} == {"rtx-4090"} and found["plans"][0]["how"] == {}
+    assert main(["estimate", "ltx-video", "--device", "rtx-4090", "--frames", "9", "--memory", "6"]) == 0
+    assert "<- plan='auto'" in (out := capsys.readouterr().out) and "fits" in out and "no" in out
+    assert main(["estimate", "ltx-vido"]) == 2 and "nearest: ltx-video" in capsys.readouterr().err
+    assert main(["estimate", "ltx-video", "--device", "rtx-4091"]) == 2 and "rtx-4090" in capsys.readouterr().err
+
+
+def test_speeds_are_listed_or_measured():
+    assert speed("h100", "bf16")[0] == 0.33 * 989e12 and speed("cpu", "fp32")[0] > 0 and "guess" in speed("cpu", "fp32")[1]
+    assert all(card.share < 0.7 and card.half > card.single / 2 for card in CARDS.values())
+    assert set(FAMILIES) == set(TINY) and known("shapes-t2v")[1] is not None
