@@ -260,7 +260,8 @@ def load(
         precision = next((p for p in (precision, own.precision) if p != "auto"), "auto" if plan == "auto" else entry.precision)
         if precision != "auto":
             dtype(precision)
-        plan = planned(plan, entry, folder, device, precision, force)
+        plan = planned(plan, entry, folder, device, precision, force, how)
+    plans.pick_device(plan.device)
     return realise(entry, folder, replace(plan, **how))
 
 
@@ -275,15 +276,22 @@ def graphs(folder: Path, force: bool, **asked):
     return gen
 
 
-def planned(plan: str | None, entry: Entry, folder: Path, device: str, precision: str, force: bool):
-    "The plan that `load` makes when it is given none, or the word auto. ValueError for another word."
-    if plan is None:
-        return plan_for(entry, folder, device=device, precision=precision, force=force)
-    if plan != "auto":
+def planned(plan: str | None, entry: Entry, folder: Path, device: str, precision: str, force: bool, how: dict | None = None):
+    "The plan that `load` makes when it is given none, or the word auto. ValueError for another word, DoesNotFit unless `force`."
+    if plan not in (None, "auto"):
         raise ValueError(f"plan={plan!r}: give plan='auto', a Plan as vidgen.estimate returns it, or leave it out")
-    from vidgen.models.estimate import choose
+    smaller = {word: value for word, value in (how or {}).items() if word in ("offload", "storage", "quantise", "tiling") and value}
+    if plan is None and not smaller:
+        return plan_for(entry, folder, device=device, precision=precision, force=force)
+    from vidgen.models.estimate import choose, estimate
 
-    return choose(str(folder) if entry.name not in entries() else entry.name, device=device, precision=precision, force=force)
+    name = str(folder) if entry.name not in entries() else entry.name
+    if plan == "auto":
+        return choose(name, device=device, precision=precision, force=force)
+    made = replace(estimate(name, device=device, precision=precision, **smaller), forced=force)
+    if not made.fits and not force:
+        plans.refuse(made)
+    return replace(made, batch=plans.clips_at_once(made.precision, made.clip_gib, made.free_gib - made.weight_gib))
 
 
 def realise(entry: Entry, folder: Path, plan):
