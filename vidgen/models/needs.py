@@ -5,16 +5,17 @@
 # %% auto #0
 __all__ = ['KEPT', 'walk_all', 'needs', 'fits', 'fitting', 'here']
 
-# %% ../../nbs/20_models/291_needs.ipynb #5b8f3938
+# %% ../../nbs/20_models/291_needs.ipynb #c507f61c
 import json
 import os
 from functools import lru_cache
+from importlib.resources import files
 from pathlib import Path
 
 from .plan import GIB, Plan, free_memory
 
-# %% ../../nbs/20_models/291_needs.ipynb #e5553b77
-KEPT = Path(__file__).with_name("needs.json") if "__file__" in globals() else Path("needs.json")
+# %% ../../nbs/20_models/291_needs.ipynb #0add2008
+KEPT = Path(str(files("vidgen"))) / "models" / "needs.json"
 
 
 def walk_all(names: list[str], progress=None) -> dict:
@@ -41,7 +42,7 @@ def needs() -> dict:
     "The numbers as they were walked, by model."
     return json.loads(KEPT.read_text(encoding="utf-8"))
 
-# %% ../../nbs/20_models/291_needs.ipynb #2d9aa016
+# %% ../../nbs/20_models/291_needs.ipynb #2063e7bc
 def fits(name: str, device: str, free_bytes: float) -> str:
     "`fits`, `fits with …`, `does not fit`, or nothing for a model whose numbers are not kept."
     from types import SimpleNamespace
@@ -69,7 +70,7 @@ def fitting(device: str, free_bytes: float) -> list[str]:
     found = [e for e in entries().values() if fits(e.name, device, free_bytes).startswith("fits")]
     return [e.name for e in sorted(found, key=lambda e: -e.billions)]
 
-# %% ../../nbs/20_models/291_needs.ipynb #e6643858
+# %% ../../nbs/20_models/291_needs.ipynb #f6b67387
 def here() -> tuple[str, int]:
     "(device, free bytes) that a model would be loaded on, by the settings; torch is imported only where a GPU may be."
     from vidgen import settings
