@@ -1,5 +1,6 @@
 "A plan carried out: kernels, texts kept, decoding beside, memory that runs out."
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 import vidgen
-from families import generator, saved
+from families import generator, picture, saved
 from vidgen.generate import fast
 from vidgen.models import attention
 from vidgen.models.convolution import by_frames, conv3d
@@ -192,7 +193,7 @@ with warnings.catch_warnings(record=True) as said:
 @pytest.mark.parametrize("room, retry, says", [(60, "yes", "8 1 True"), (60, "no", "DoesNotFit"), (1, "yes", "DoesNotFit")])
 def test_memory_that_really_runs_out(room, retry, says):
     "The process may take only so many MiB more: eight clips at once are too many, one is not."
-    done = subprocess.run([sys.executable, "-c", LITTLE, str(room), retry], capture_output=True, text=True, timeout=150)
+    done = subprocess.run([sys.executable, "-c", LITTLE, str(room), retry], capture_output=True, text=True, timeout=150, env=os.environ | {"MALLOC_ARENA_MAX": "1"})
     assert says in done.stdout, done.stdout + done.stderr[-2000:]
     if says == "DoesNotFit":
         assert "ran out of memory" in done.stdout and "shapes-t2v on cpu" in done.stdout
@@ -239,3 +240,53 @@ def test_the_benchmark_runs_on_a_bare_host(tmp_path):
     for model in models:
         assert set(model["rows"]) == {"stock", "exact", "masked"} and all(row["whole_run"] > 0 for row in model["rows"].values()), model
         assert model["rows"]["masked"]["computed_steps"] <= 2
+
+
+@pytest.mark.parametrize("of, model", [("cogvideox", "cogvideox-5b"), ("wan", "wan2.1-t2v-1.3b"), ("wan", "wan2.1-i2v-14b-480p")])
+def test_an_autoencoder_with_a_memory_does_one_thing_at_a_time(tmp_path, of, model):
+    "Clip by clip, decoding beside: what Wan's autoencoder keeps between frames is not another clip's."
+    parts = saved(family(of), model, tmp_path / "m")
+    asked = dict(num_frames=9, height=64, width=96, num_inference_steps=1)
+    images = [picture(seed=i) for i in range(4)] if "i2v" in model else None
+    together = generator(parts, 1).generate(["a star"] * 4, images, seed=[1, 2, 3, 4], **asked)
+    alone = [generator(parts, 1).generate("a star", images and images[i], seed=i + 1, **asked)[0] for i in range(4)]
+    assert all(np.abs(a.frames.astype(int) - b.frames).max() <= 1 for a, b in zip(together, alone, strict=True))
+
+
+def test_guidance_that_begins_late_computes_what_is_not_remembered():
+    "At the first steps of the dynamic schedule the scale is 1 and one answer is asked; later two are."
+    gen = vidgen.load("shapes-t2v")
+    clips = gen.generate(["a red circle", "a blue star"], guidance="dynamic", num_inference_steps=50, cache="steps:0,20")
+    computed = clips[0].made["computed_steps"]
+    assert computed.startswith("0,") and computed != "0,20" and len(computed.split(",")) == 3
+
+
+def test_another_precision_is_adopted_with_its_own_texts():
+    gen = vidgen.load("shapes-t2v")
+    ask = dict(prompt="a red circle moving right on a white background", num_inference_steps=3)
+    before = gen.generate(**ask)[0]
+    fast.adopt(gen, replace(gen.plan, precision="bf16", tiling=True))
+    after = gen.generate(**ask)[0]
+    assert after.made["precision"] == "bf16" and fast.TILES in after.made["carried_out"] and np.abs(after.frames.astype(int) - before.frames).mean() < 8
+    fast.adopt(gen, replace(gen.plan, tiling=False))
+    assert "carried_out" not in gen.generate(**ask)[0].made and not hasattr(gen.parts, "tiles")
+
+
+def test_a_plan_that_cannot_be_adopted_leaves_the_generator_alive():
+    gen = vidgen.load("shapes-t2v")
+    with pytest.raises(ValueError):
+        fast.adopt(gen, replace(gen.plan, attention="sage"))
+    assert gen.generate("a red circle", num_inference_steps=1)[0].made["precision"] == "fp32" and gen.plan.attention == "auto"
+
+
+@pytest.mark.parametrize("wrong, says", [(dict(cache="typo:1"), "step cache"), (dict(cache="teacache:0.1,3"), "not a number"), (dict(cache="steps:0,5-3"), "backwards"), (dict(precision="bf16", plan="given"), "contradicts")])
+def test_load_refuses_at_once(wrong, says):
+    plan = {"plan": vidgen.load("shapes-t2v").plan} if wrong.get("plan") == "given" else {}
+    with pytest.raises(ValueError, match=says):
+        gen = vidgen.load("shapes-t2v", **(wrong | plan))
+        gen.generate("a red circle", num_inference_steps=8)
+
+
+def test_the_plan_auto_is_carried_out():
+    gen = vidgen.load("shapes-t2v", plan="auto")
+    assert gen.plan.memory and gen.plan.seconds and gen.generate("a red circle", num_inference_steps=1)

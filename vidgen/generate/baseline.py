@@ -124,7 +124,7 @@ def latents(parts: Parts, batch: Batch, watch: Watch, *, loop: Callable = denois
             if family.guidance(parts, 2.0)[0] != 1:
                 uncond = encode(parts, list(batch.negatives))
         if batch.image_BCHW is not None:
-            with watch.stage("image"):
+            with watch.stage("image"), parts.vae_free:
                 image = family.encode_image(parts, batch.image_BCHW, generators, batch.num_frames)
         with watch.stage("denoise", batch.num_inference_steps):
             z = loop(parts, batch, text.condition, uncond and uncond.condition, image, generators, watch)
@@ -153,5 +153,6 @@ def decode(parts: Parts, z_BFCHW, num_frames: int, watch: Watch):
     with torch.no_grad():
         for i in range(len(z_BFCHW)):
             watch.check()
-            clips.append(parts.family.decode(parts, z_BFCHW[i : i + 1], num_frames).cpu())
+            with parts.vae_free:
+                clips.append(parts.family.decode(parts, z_BFCHW[i : i + 1], num_frames).cpu())
     return torch.cat(clips)

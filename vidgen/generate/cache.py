@@ -64,6 +64,8 @@ class _Body(nn.Module):
         if self.leads and memory.change is not None:
             before, came, start = came, self._run(self.blocks[:1], came, args, kwargs), 1
             memory.computed[-1] = not memory.same(came[0] - before[0])
+        if self.leads and not memory.computed[-1]:  # guidance may begin after step 0: what isn't remembered for every row is computed
+            memory.computed[-1] = any(len(kept) < len(x) for x, kept in zip(came, memory.added[self.name]))
         if memory.computed[-1]:
             done = self._run(self.blocks[start:], came, args, kwargs)
             memory.remember(self.name, tuple(y - x for x, y in zip(came, done[: self.answers])))
@@ -222,10 +224,10 @@ def record(parts: Parts, batch, *, most: int = 6, watch=None) -> tuple[list[floa
                     costs[i][j] = weight * (answer(*ask)[0] - v).square().mean().item()
                 memory.added = added
                 watch.report("denoise", j + 1, steps)
-    return _ratios(memory.kept), costs
+    return _ratios(memory.kept, len(batch.prompts)), costs
 
 
-def _ratios(kept: list[dict]) -> list[float]:
+def _ratios(kept: list[dict], clips: int) -> list[float]:
     "Mean over tokens of the size of what was added, each step relative to the one before, for the answers with the prompt."
-    sizes = [torch.cat([a[0][len(a[0]) // 2 :] for a in step.values()], 1).float().norm(dim=-1) for step in kept]
+    sizes = [torch.cat([a[0][-clips:] for a in step.values()], 1).float().norm(dim=-1) for step in kept]
     return [1.0] + [(b / a).mean().item() for a, b in zip(sizes, sizes[1:])]

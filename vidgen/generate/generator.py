@@ -216,14 +216,14 @@ def _clips(gen: "Generator", request: Request, watch: baseline.Watch) -> list[Cl
 
     need = gen.parts.family.clip_bytes(gen.parts.configs, request.num_frames, request.height, request.width, PRECISIONS[gen.parts.precision])
     plan, count, total, made = for_clip(gen.plan, need), len(request.prompts), {"load": gen.timings["load"]}, []
-    size = plan.batch
+    size, roomy = plan.batch, plan.free_gib - plan.weight_gib >= 2 * plan.batch * plan.clip_gib
     watch.parts = -(-count // size)
     forget_peak(gen.parts.device)
     with Beside(gen.parts.device) as beside:
         for watch.part in range(watch.parts):
             watch.seconds = {}
             finish = _begin(gen, plan, request, range(watch.part * size, min(count, (watch.part + 1) * size)), watch)
-            made.append(finish(watch) if watch.part == watch.parts - 1 or plan.offload != "none" else beside.do(finish, replace(watch, progress=None)).result)
+            made.append(finish(watch) if watch.part == watch.parts - 1 or plan.offload != "none" or not roomy else beside.do(finish, replace(watch, progress=None)).result)
         batches = [found() if callable(found) else found for found in made]
     for _, seconds in batches:
         total |= {stage: total.get(stage, 0.0) + s for stage, s in seconds.items()}
@@ -245,7 +245,7 @@ def _begin(gen: "Generator", plan: Plan, request: Request, which: range, watch: 
         with watch.stage("decode"):
             x_BCFHW = baseline.decode(gen.parts, z_BFCHW, request.num_frames, watch)
         shared = shared_facts(gen.parts, gen.entry, plan, gen.weights, request) | costs({"load": gen.timings["load"]} | seconds, request, len(which)) | how | ({"carried_out": list(gen.done)} if gen.done else {})
-        return [Clip.from_tensor(x, gen.entry.fps, shared | own_facts(gen.entry, request, i, note)) for x, i, note in zip(x_BCFHW, which, notes, strict=True)], seconds
+        return [Clip.from_tensor(x, gen.entry.fps, shared | own_facts(gen.entry, request, i, (*note, *gen.notes))) for x, i, note in zip(x_BCFHW, which, notes, strict=True)], seconds
 
     return finish
 
@@ -254,21 +254,18 @@ def _once_more(gen: "Generator", request: Request, watch: baseline.Watch, said: 
     "The clips by the next cheaper plan, after memory ran out. DoesNotFit if there is none, it isn't allowed, or memory runs out again."
     from vidgen.generate.fast import adopt, cheaper
 
-    before, plan = gen.plan, cheaper(gen.plan) if retry else None
+    before, plan = gen.plan, cheaper(gen.plan, len(request.prompts)) if retry else None
     if plan is None:
         raise DoesNotFit(f"{gen.name} ran out of memory on {before.device} ({said}). The plan was: {before}. " + ("There is no cheaper one: ask for fewer frames or a smaller size."
                          if retry else "A cheaper one was not allowed: retry=True."), before)
-    adopt(gen, plan)
-    note = f"memory ran out ({said}) with the plan: {before}; made with: {gen.plan}"
-    warnings.warn(note, stacklevel=4)
     try:
-        clips = _clips(gen, request, replace(watch, seconds={}, part=0))
+        adopt(gen, plan)
+        gen.notes = (f"memory ran out ({said}) with the plan: {before}; made with: {gen.plan}",)
+        return _clips(gen, request, replace(watch, seconds={}, part=0))
     except Exception as err:
         if not out_of_memory(err):
             raise
         failure = (str(err).strip().splitlines() or [type(err).__name__])[0][:120]
-    else:
-        return [Clip(c.frames, c.fps, {**c.made, "warnings": [*c.made["warnings"], note]}) for c in clips]
     free(gen.parts.device)
     raise DoesNotFit(f"{gen.name} ran out of memory on {before.device} twice: with {before} ({said}), then with {plan} ({failure}). Ask for fewer frames or a smaller size.", plan)
 
@@ -277,7 +274,7 @@ def out_of_memory(err: BaseException) -> bool:
     "Is this an error of memory that ran out, on a GPU or on the host?"
     import torch
 
-    return isinstance(err, MemoryError | torch.OutOfMemoryError) or isinstance(err, RuntimeError) and ("can't allocate memory" in str(err) or "out of memory" in str(err).lower())
+    return isinstance(err, MemoryError | torch.OutOfMemoryError) or isinstance(err, RuntimeError) and any(sign in str(err).lower() for sign in ("can't allocate memory", "out of memory", "can't start new thread"))
 
 
 def free(device: str) -> None:
@@ -297,7 +294,7 @@ class Generator:
 
         self.parts, self.entry, self.plan, self.folder, self.done = parts, entry, plan, folder, done
         self.timings: dict[str, float] = {"load": load_seconds}
-        self.texts, self.adapters = Texts(), {}
+        self.texts, self.adapters, self.notes = Texts(), {}, ()  # notes: what every clip from now on must say
 
     @property
     def name(self) -> str:
@@ -361,6 +358,7 @@ class Generator:
         if not request.cache and request.gate == 1:
             return baseline.denoise, None
         own, made = cache.measured(self.folder), []
+        own = own if own.get("weights") in (None, self.weights) else {}  # measured before the weights changed
         make = lambda timesteps: cache.memory_for(request.cache, self.parts, self.entry.name, timesteps, own)  # noqa: E731
         with cache.remembering(self.parts, make(self.parts.family.sampler(self.parts, request.num_inference_steps, []).timesteps)):
             pass

@@ -110,6 +110,8 @@ def check_exportable(gen: Generator) -> None:
     import torch
 
     parts = gen.parts
+    if gen.adapters:
+        raise ValueError(f"{gen.name} wears adapters ({', '.join(gen.adapters)}): an export is of the model alone; detach them, or save the fused model as a folder and export that")
     if not isinstance(getattr(parts, "transformer", None), torch.nn.Module):
         raise ValueError(f"{gen.name} runs from ONNX already: its folder is {gen.folder}")
     kinds = {p.dtype for m in (parts.transformer, parts.vae) for p in m.parameters()}

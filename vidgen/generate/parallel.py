@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['WAYS', 'Deal', 'JointAttention', 'SelfAttention', 'Way', 'way', 'split', 'make', 'choose', 'places', 'heads_of',
-           'requests_for', 'work', 'run_parallel', 'among', 'started_as']
+           'requests_for', 'check_together', 'work', 'run_parallel', 'among', 'started_as']
 
 # %% ../../nbs/30_generate/38_parallel.ipynb #0b3f4878
 import os
@@ -250,6 +250,7 @@ def make(
     clips = []
     with split(gen.parts, mesh, tiling=tiling):
         for i, asked in enumerate(requests):
+            check_together(asked, mesh.split)
             before = mesh.sent
             (clip,) = gen.generate(**asked, progress=_over(progress, i, len(requests)) if mesh.first else _silent)
             how = {"split": asdict(mesh.split), "tiling": tiling, "sent_bytes": mesh.sent - before}
@@ -307,7 +308,16 @@ def requests_for(prompt, image, seed, copies: int, options: dict) -> list[dict]:
     prompts = generator.prompt_list(prompt, copies)
     seeds = generator.seed_list(settings.get().generate.seed if seed is None else seed, len(prompts))
     images = generator.per_clip("image", image, len(prompts), len(prompts) // copies)
-    return [options | {"prompt": p, "image": im, "seed": s} for p, im, s in zip(prompts, images, seeds, strict=True)]
+    return [options | {"prompt": p, "image": im, "seed": s, "retry": False} for p, im, s in zip(prompts, images, seeds, strict=True)]
+
+
+def check_together(request: dict, split: Split) -> None:
+    "ValueError for what processes could decide differently, or remember of another half."
+    cache = request.get("cache") or ""
+    if cache.startswith("firstblock") and split.processes > 1:
+        raise ValueError("cache='firstblock:…' decides by what each process sees, and processes see different tokens: use a choice made before the run, as teacache, magcache or steps")
+    if cache and split.cfg > 1 and (request.get("gate") or 1.0) < 1:
+        raise ValueError("gate below 1 with a step cache and cfg=2: after the gate the first process would go on with what it remembers of the other answer; leave one of the three out")
 
 
 def work(asked: dict, world: World) -> list[Clip]:

@@ -34,6 +34,8 @@ def parse(text: str, steps: int) -> Steps:
     chosen = set()
     for piece in text.strip().split(","):
         first, _, last = piece.partition("-")
+        if last and int(last) < int(first):
+            raise ValueError(f"steps {text!r}: {piece!r} runs backwards, write '{last}-{first}'")
         chosen |= set(range(int(first), int(last or first) + 1))
     if max(chosen) >= steps:
         raise ValueError(f"steps {text!r} names step {max(chosen)}, but the run has {steps} steps, 0 to {steps - 1}")
@@ -139,6 +141,7 @@ def asked(cache: str) -> tuple[str, str]:
     example = RULES[rule].split(",")[0] if rule != "steps" else "0-9,14,19"
     if (rule in ("auto", "measured")) == bool(value):
         raise ValueError(f"cache={rule!r} takes no value" if value else f"cache={cache!r} needs a value, as in '{rule}:{example}' ({RULES[rule]})")
-    if rule not in ("steps", "auto", "measured") and not all(re.fullmatch(r"\d*\.?\d+", v) for v in value.split(",")):
-        raise ValueError(f"cache={cache!r}: {value!r} is not a number from 0 up; usual is '{rule}:{example}'")
+    number = r"\d*\.?\d+(e-?\d+)?"
+    if rule not in ("steps", "auto", "measured") and not re.fullmatch(number + (r"(,\d+)?" if rule == "magcache" else ""), value):
+        raise ValueError(f"cache={cache!r}: {value!r} is not a number from 0 up" + (", with a whole number of skips behind a comma if you like" if rule == "magcache" else "") + f"; usual is '{rule}:{example}'")
     return rule, value

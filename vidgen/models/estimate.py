@@ -187,56 +187,6 @@ def _learning(model: str, parts, plan: Plan, size: tuple, how, optimizer: str, e
              f"a step is forth and back: {walk.flops:.2e} operations; the most memory is needed while {worst}")
     return replace(plan, weight_gib=weights["transformer"], clip_gib=moments[worst] - weights["transformer"], memory=memory, flops=walk.flops, words=words)
 
-# %% ../../nbs/20_models/29_estimate.ipynb #1d625ee9
-def estimate(
-    model: str | Path,                       # a model's name, its published place, or a diffusers folder; its weights need not be here
-    task: str = "generate",                  # generate, lora or full
-    *,
-    precision: str = "auto",                 # fp32, fp16, bf16; auto = the model's own
-    num_frames: int | None = None,           # these five default to the model's own
-    height: int | None = None,
-    width: int | None = None,
-    num_inference_steps: int | None = None,
-    guidance_scale: float | None = None,
-    batch: int = 1,                          # clips together
-    device: str = "auto",                    # cpu, cuda, or a card by name: h200, a100-80gb, rtx-4090, …
-    free_gib: float | None = None,           # memory to fit into; default: what is free, or what the card has
-    rank: int = 64,                          # of adapters
-    trained: str = "fp32",                   # precision of what learns
-    autocast: bool = True,                   # mixed precision while training
-    gradient_checkpointing: bool = True,
-    optimizer: str = "adamw",                # one of OPTIMIZERS
-    encoders: str = "apart",                 # where latents and embeddings of the data come from, one of PREPARING
-    **how,                                   # offload, tiling, cache, …: the fields of `Plan` that say how
-) -> Plan:
-    "What a run needs, from configurations alone: memory by part, operations, seconds, in words what is assumed. ValueError for what the model or a plan can't be."
-    from vidgen.models.published import skeleton
-    from vidgen.models.walk import Training
-
-    if wrong := [word for word in how if word not in HOW]:
-        raise unknown("option of estimate", wrong[0], [*HOW, "precision", "num_frames", "height", "width", "num_inference_steps", "batch", "device", "free_gib", "rank", "optimizer"])
-    if task not in ("generate", "lora", "full"):
-        raise unknown("task", task, ("generate", "lora", "full"))
-    entry, parts = skeleton(model, "" if precision == "auto" else precision)
-    size = tuple(getattr(entry, name) if given is None else given for name, given in (("num_frames", num_frames), ("height", height), ("width", width)))
-    parts.family.rules(parts.configs).check(*size)
-    device, room = _place(device, free_gib)
-    plan = Plan(entry.name, device, parts.precision, 0.0, 0.0, room, batch, task=task, **how)
-    if task == "generate":
-        steps, scale = num_inference_steps or entry.num_inference_steps, entry.guidance_scale if guidance_scale is None else guidance_scale
-        return _timed(_generating(str(model), entry, parts, plan, size, steps, scale), entry, parts, size, steps)
-    return _timed(_learning(str(model), parts, plan, size, Training(task, rank, trained, parts.precision, autocast, gradient_checkpointing), optimizer, encoders), entry, parts, size, 1)
-
-
-def _place(device: str, free_gib: float | None) -> tuple[str, float]:
-    "(device, GiB to fit into). ValueError for a device that is neither here nor listed."
-    if device not in CARDS:
-        kind = device.partition(":")[0]
-        if kind not in ("auto", "cpu", "cuda", "mps"):
-            raise unknown("device", device, ("auto", "cpu", "cuda", *CARDS))
-        device = pick_device(device)
-    return device, free_gib if free_gib is not None else CARDS[device].gib if device in CARDS else free_memory(device) / GIB
-
 # %% ../../nbs/20_models/29_estimate.ipynb #334e8900
 PINNED, PAGED = 20e9, 6e9  # bytes per second from the host's memory to a GPU over PCIe 4: from locked pages, from others
 

@@ -10,6 +10,7 @@ __all__ = ['FAMILIES', 'LATER', 'PRECISIONS', 'LEFT_OUT', 'EXPORT', 'draw', 'Cac
 # %% ../../nbs/20_models/21_family.ipynb #44595613
 import importlib
 import json
+import threading
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -226,6 +227,7 @@ class Parts:
 
     def __init__(self, family: str, components: dict, *, pipeline: str, device: str = "cpu", precision: str = "fp32"):
         self.family_name, self.components, self.pipeline, self.device, self.precision = family, components, pipeline, device, precision
+        self.vae_free = threading.RLock()  # some autoencoders keep what they saw: one thing at a time goes through
 
     def __getattr__(self, name):
         try:

@@ -244,17 +244,26 @@ def load(
     **how,                           # cache, gate, attention, compile, offload, storage, quantise, tiling: see `Plan`
 ):
     "A Generator for the model. ValueError, WeightsMissing, CorruptWeights or DoesNotFit, each saying what to do."
+    from vidgen.generate.steps import asked
     from vidgen.models.family import dtype
 
     own = settings.get().model
     entry, folder = resolve(name or own.name)
     check(entry, folder)
-    if (folder / EXPORT).is_file():
-        return graphs(folder, force, device=device, precision=precision, plan=plan or "auto", scheduler=scheduler or "auto", **how)
-    entry = replace(entry, scheduler=scheduler or entry.scheduler)
     for word in how:
         if word not in plans.HOW:
             raise unknown("option of load", word, (*plans.HOW, "device", "precision", "plan", "scheduler", "force"))
+    if how.get("cache"):
+        asked(how["cache"])
+    if (folder / EXPORT).is_file():
+        return graphs(folder, force, device=device, precision=precision, plan=plan or "auto", scheduler=scheduler or "auto", **how)
+    entry = replace(entry, scheduler=scheduler or entry.scheduler)
+    if isinstance(plan, plans.Plan):
+        for word, value in {"device": device, "precision": precision}.items():
+            if value not in ("auto", getattr(plan, word)):
+                raise ValueError(f"{word}={value!r} contradicts the plan, which says {getattr(plan, word)}: change the plan, or leave {word} out")
+        if plan.task != "generate":
+            raise ValueError(f"this plan is for {plan.task} training; a plan to generate is what vidgen.estimate({entry.name!r}) returns")
     if not isinstance(plan, plans.Plan):
         device = plans.pick_device(own.device if device == "auto" else device)
         precision = next((p for p in (precision, own.precision) if p != "auto"), "auto" if plan == "auto" else entry.precision)
@@ -269,10 +278,10 @@ def graphs(folder: Path, force: bool, **asked):
     "The Generator of an ONNX export. ValueError for a way of running that its graphs have fixed."
     from vidgen.generate.onnx import load_onnx
 
-    if fixed := [word for word, value in asked.items() if value not in ("auto", "cpu", "", False) and value != getattr(plans.Plan, word, None) and word not in ("cache", "gate")]:
+    if fixed := [word for word, value in asked.items() if value not in ("auto", "cpu", "fp32", "", False) and value != getattr(plans.Plan, word, None) and word != "gate"]:
         raise ValueError(f"{folder.name} is an ONNX export: {', '.join(fixed)} can't be chosen any more; load the model it was made from, or leave that out")
     gen = load_onnx(folder, force=force)
-    gen.plan = replace(gen.plan, **{word: asked[word] for word in ("cache", "gate") if word in asked})
+    gen.plan = replace(gen.plan, gate=asked.get("gate", 1.0))
     return gen
 
 
