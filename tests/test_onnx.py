@@ -28,6 +28,9 @@ def tiny(name, of="cogvideox", frames=9):
     return Generator(parts, entry, Plan("tiny", "cpu", "fp32", 0.1, 0.1, 8.0, 2))
 
 
+pytestmark = pytest.mark.timeout(600)   # tracing an autoencoder takes some 20 s of a processor that others may want
+
+
 @pytest.fixture(scope="module")
 def gen():
     return tiny("cogvideox-5b")
@@ -222,6 +225,7 @@ def test_cancel_stops_between_steps(folder):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize(("of", "name", "frames"), [("cogvideox", "cogvideox-2b", 9), ("cogvideox", "cogvideox1.5-5b-i2v", 17), ("cogvideox", "cogvideox-5b-i2v", 9),
                                                     ("wan", "wan2.1-t2v-1.3b", 9), ("wan", "wan2.1-i2v-14b-480p", 9)])
 def test_every_kind_of_the_two_families(of, name, frames, tmp_path):
@@ -229,5 +233,5 @@ def test_every_kind_of_the_two_families(of, name, frames, tmp_path):
     asks = dict(image=picture(), seed=2) if first.entry.task == "i2v" else dict(seed=2)
     export(first, tmp_path / "x")
     assert (latents(first, **asks) - latents(load_onnx(tmp_path / "x"), **asks)).abs().max() < 1e-4
-    export(first, tmp_path / "y", int8=True, graphs=tmp_path / "x", prompts=["a red circle"], images=[picture()] if "image" in asks else None, steps=3, smallest=24 if of == "wan" else 32)
+    export(first, tmp_path / "y", int8=True, graphs=tmp_path / "x", prompts=["a red circle"], images=[picture()] if "image" in asks else None, steps=3, smallest=24)
     assert (latents(first, **asks) - latents(load_onnx(tmp_path / "y"), **asks)).norm() / latents(first, **asks).norm() < 0.1

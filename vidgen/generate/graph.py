@@ -105,7 +105,8 @@ def split(first: dict, second: dict) -> tuple[dict, dict]:
             constants[name] = value
         else:
             raise ValueError(f"{name} changes between calls and has no batch: such a model can't be exported yet")
-    return inputs, constants
+    lone = {} if inputs else {k: v for k, v in constants.items() if torch.is_tensor(v) and v.ndim and len(v) == 1}
+    return inputs or {k: v.float().repeat_interleave(2, 0) for k, v in lone.items()}, {k: v for k, v in constants.items() if k not in lone}
 
 
 def _same(a, b) -> bool:
