@@ -216,7 +216,7 @@ def _clips(gen: "Generator", request: Request, watch: baseline.Watch) -> list[Cl
 
     need = gen.parts.family.clip_bytes(gen.parts.configs, request.num_frames, request.height, request.width, PRECISIONS[gen.parts.precision])
     plan, count, total, made = for_clip(gen.plan, need), len(request.prompts), {"load": gen.timings["load"]}, []
-    size, roomy = plan.batch, plan.free_gib - plan.weight_gib >= 2 * plan.batch * plan.clip_gib
+    size, roomy = plan.batch, not gen.notes and plan.free_gib - plan.weight_gib >= 2 * plan.batch * plan.clip_gib
     watch.parts = -(-count // size)
     forget_peak(gen.parts.device)
     with Beside(gen.parts.device) as beside:
