@@ -289,7 +289,7 @@ def planned(plan: str | None, entry: Entry, folder: Path, device: str, precision
     "The plan that `load` makes when it is given none, or the word auto. ValueError for another word, DoesNotFit unless `force`."
     if plan not in (None, "auto"):
         raise ValueError(f"plan={plan!r}: give plan='auto', a Plan as vidgen.estimate returns it, or leave it out")
-    smaller = {word: value for word, value in (how or {}).items() if word in ("offload", "storage", "quantise", "tiling") and value}
+    smaller = {word: value for word, value in (how or {}).items() if word in ("offload", "storage", "quantise", "tiling") and value not in ("", "none", False)}
     if plan is None and not smaller:
         return plan_for(entry, folder, device=device, precision=precision, force=force)
     from vidgen.models.estimate import choose, estimate
