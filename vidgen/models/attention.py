@@ -162,10 +162,10 @@ def select(parts, backend: str = "auto") -> str:
 
 
 def dispatched(parts, backend: str) -> None:
-    "diffusers' own switch, checked. ValueError if a processor doesn't listen to it."
-    from diffusers.models.attention_dispatch import AttentionBackendName
+    "diffusers' own switch for this model alone, checked. ValueError if a processor doesn't listen to it."
+    from diffusers.models.attention_dispatch import AttentionBackendName, attention_backend
 
-    with _hushed():
+    with _hushed(), attention_backend(BACKENDS[backend]):  # the switch also sets the process's default; leaving restores it
         parts.transformer.set_attention_backend(BACKENDS[backend])
     inside = [m for name in parts.family.caching.blocks for m in getattr(parts.transformer, name).modules()]
     heard = [getattr(m.processor, "_attention_backend", None) for m in inside if getattr(m, "processor", None) is not None]
