@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from contextlib import contextmanager
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -149,6 +150,16 @@ def test_another_way_of_computing_is_another_clip():
     assert not Path("films").exists()
 
 
+def test_another_sampler_is_another_clip_and_an_unknown_one_is_refused():
+    usual, other = read(asked(1)), read(asked(1), scheduler="dpm")
+    assert usual[0].key != other[0].key and usual[0].key == read(asked(1), scheduler="")[0].key
+    with pytest.raises(Faults, match="unknown scheduler of shapes-t2v 'dpmm'; nearest: dpm"):
+        batch(asked(1), "films", scheduler="dpmm")
+    assert cli.main(["batch", written(asked(1)), "--out", "films", "--no-run", "--scheduler", "dimm"]) == 2 and not Path("films").exists()
+    assert cli.main(["batch", "requests.jsonl", "--out", "films", "--no-run", "--devices", "cpu", "--scheduler", "dpm"]) == 0
+    assert Clip.open("films/clip-0.mp4").made["scheduler"] == "CogVideoXDPMScheduler"
+
+
 def test_a_step_cache_holds_for_the_whole_batch():
     exact, cached = (batch(asked(3, num_inference_steps=6), out, devices="cpu", **how) for out, how in (("films", {}), ("cached", {"cache": "steps:0,3"})))
     assert not set(hashes(exact).values()) & set(hashes(cached).values()) and cached.facts["cache"] == "steps:0,3"
@@ -238,6 +249,37 @@ def test_what_breaks_a_chunk_is_found_out(monkeypatch):
     requests[1]["prompt"] = "a green star"
     outcome = batch(requests, "films", devices="cpu", at_once=3)
     assert [r["status"] for r in outcome.rows] == ["made", "failed", "made"] and outcome.rows[1]["error"].startswith("out of memory")
+
+
+def runs_out_once(patch):
+    "Memory runs out at the first clips; what is cheaper is half precision."
+    from vidgen.generate import fast, generator
+
+    real, calls = generator._clips, []
+
+    def clips(*a):
+        calls.append(a)
+        if len(calls) == 1:
+            raise MemoryError
+        return real(*a)
+
+    patch.setattr(generator, "_clips", clips)
+    patch.setattr(fast, "cheaper", lambda plan, clips: replace(plan, precision="bf16"))
+
+
+def test_a_clip_made_with_less_than_was_asked_says_so_for_good(monkeypatch):
+    with monkeypatch.context() as patch:
+        runs_out_once(patch)
+        first = batch(asked(2), "films", devices="cpu", precision="fp32")
+    again = batch(asked(2), "films", devices="cpu", precision="fp32")
+    for outcome, status in ((first, "made"), (again, "kept")):
+        assert [(r["status"], r["plan"], r["degraded"]) for r in outcome.rows] == [(status, {"precision": "bf16"}, ["precision bf16 instead of fp32"])] * 2
+        assert "2 with less than was asked" in repr(outcome) and "clip-1: memory ran out, made with precision bf16" in repr(outcome) and "--redo-degraded" in repr(outcome)
+    assert next(csv.DictReader(Path("films/report.csv").open()))["degraded"] == "precision bf16 instead of fp32"
+    assert cli.main(["batch", written(asked(2)), "--out", "films", "--no-run", "--devices", "cpu", "--precision", "fp32", "--redo-degraded"]) == 0
+    rows = json.loads(Path("films/report.json").read_text())["rows"]
+    assert [(r["status"], r["plan"], r["degraded"]) for r in rows] == [("made", {"precision": "fp32"}, [])] * 2
+    assert [r["status"] for r in batch(asked(2), "films", devices="cpu", precision="fp32", redo_degraded=True).rows] == ["kept"] * 2
 
 
 def test_a_model_that_does_not_load_is_tried_once(monkeypatch):

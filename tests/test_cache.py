@@ -1,5 +1,6 @@
 "Step caching: which steps are computed, that the blocks really rest, and that nothing stays behind."
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -125,6 +126,18 @@ def test_first_block_cache_decides_by_itself():
     for memory in kinds.values():
         run(parts, batch_for(parts), memory=memory)
     assert sum(kinds[0.0].computed) == 6 and kinds[1e9].computed == [True] + [False] * 5
+
+
+def test_first_block_cache_sees_one_clip_at_a_time():
+    "Which steps a clip skips, and so its frames, do not depend on the clips beside it."
+    gen, how = vidgen.load("shapes-t2v", precision="fp32", device="cpu"), {"num_inference_steps": 6, "num_frames": 9, "cache": "firstblock:0.1"}
+    prompts = ["a red circle moving right on a white background", "a blue star moving left on a black background"]
+    gen.plan = replace(gen.plan, batch=4)
+    together = gen.generate(prompts, seed=[3, 4], **how)
+    alone = [gen.generate(p, seed=s, **how)[0] for p, s in zip(prompts, (3, 4))]
+    assert [c.hash for c in together] == [c.hash for c in alone] and [c.made["computed_steps"] for c in together] == [c.made["computed_steps"] for c in alone]
+    assert [c.hash for c in gen.generate(prompts[0], seed=3, num_videos_per_prompt=2, **how)][0] == alone[0].hash
+    assert {c.made["clips_at_once"] for c in together} == {1} and gen.generate(prompts, num_inference_steps=2, num_frames=9, cache="steps:0")[0].made["clips_at_once"] == 2
 
 
 def reference(signal, coefficients, threshold, first=1, last=1):

@@ -56,7 +56,7 @@ def _finish(run: Run, outcome) -> None:
     number, mean = gallery.counts(outcome.rows), gallery.means(outcome.rows)
     if logged := {k: float(v) for k, v in {**number, **mean}.items()}:
         run.log(**logged)
-    run.record(clips=[{k: r.get(k) for k in ("name", "status", "seed", "hash", "stability", "as_asked", "error")} for r in outcome.rows])
+    run.record(clips=[{k: r.get(k) for k in ("name", "status", "seed", "hash", "stability", "as_asked", "degraded", "error")} for r in outcome.rows])
     run.share(outcome.page)
     run.finish(**number, **mean, out=str(outcome.folder), clips_per_minute=outcome.facts.get("clips_per_minute"), notes=outcome.facts.get("notes", []))
 
@@ -71,9 +71,11 @@ def command(
     at_once: Annotated[int | None, typer.Option(help="Clips computed together.", show_default="2 on a CPU, 4 on a GPU", min=1)] = None,
     precision: Annotated[str, typer.Option(help="auto, fp32, fp16, bf16.")] = "auto",
     force: Annotated[bool, typer.Option("--force", help="Load although memory looks too small.")] = False,
+    redo_degraded: Annotated[bool, typer.Option("--redo-degraded", help="Make clips anew for which memory had run out.")] = False,
     plan: Annotated[str | None, typer.Option(help="auto: the fastest way that fits.", show_default="one device, nothing saved", rich_help_panel=_HOW)] = None,
     cache: Annotated[str, typer.Option(help="Skip steps that change little: auto, teacache:0.1, magcache:0.12, firstblock:0.05, steps:0-4,7,…", show_default="every step", rich_help_panel=_HOW)] = "",
     gate: Annotated[float, typer.Option(help="Share of the steps that ask for guidance; the rest reuse it.", rich_help_panel=_HOW)] = 1.0,
+    scheduler: Annotated[str, typer.Option(help="Another sampler: dpm or ddim for CogVideoX, unipc or euler for Wan.", show_default="the model's own", rich_help_panel=_HOW)] = "",
     attention: Annotated[str, typer.Option(help="auto, sdpa, cudnn, flash, efficient, math, flash-attn, sage, xformers, …", rich_help_panel=_HOW)] = "auto",
     compile: Annotated[bool, typer.Option("--compile", help="Compile the blocks: slow to begin, then faster.", rich_help_panel=_HOW)] = False,
     quantise: Annotated[str, typer.Option(help="int8-weight, int8-dynamic, fp8-weight, fp8-dynamic.", show_default="not", rich_help_panel=_HOW)] = "",
@@ -90,14 +92,14 @@ def command(
     from vidgen.models.plan import Plan
 
     how = dict(cache=cache, gate=gate, attention=attention, compile=compile, quantise=quantise, storage=storage, offload=offload, tiling=tiling)
-    how = {k: v for k, v in how.items() if v != getattr(Plan, k)} | ({"plan": plan} if plan else {})
+    how = {k: v for k, v in how.items() if v != getattr(Plan, k)} | ({"plan": plan} if plan else {}) | ({"scheduler": scheduler} if scheduler else {})
     items = read(requests, precision=precision, **how)
     if check:
         print("\n".join(preview(items, Path(out).expanduser())))
         return int(any(i.fault for i in items))
-    params = {"requests": requests, "clips": len(items), "out": out, "devices": devices, "at_once": at_once, "precision": precision, "force": force} | how
+    params = {"requests": requests, "clips": len(items), "out": out, "devices": devices, "at_once": at_once, "precision": precision, "force": force, "redo_degraded": redo_degraded} | how
     with _record(params, not no_run) as run:
-        outcome = page.batch(items, out, devices=devices, at_once=at_once, precision=precision, force=force, **how)
+        outcome = page.batch(items, out, devices=devices, at_once=at_once, precision=precision, force=force, redo_degraded=redo_degraded, **how)
         if run:
             _finish(run, outcome)
         print(json.dumps(outcome.facts | {"rows": outcome.rows}, indent=1, ensure_ascii=False) if as_json else f"{outcome}" + (f"\nrun      {run.path}" if run else ""))

@@ -18,7 +18,7 @@ from ..store import atomic_write
 
 # %% ../../nbs/30_generate/3910_gallery.ipynb #bdec4563
 COLUMNS = ("where", "name", "file", "status", "prompt", "negative_prompt", "model", "image", "seed", "num_frames", "height", "width", "fps", "num_inference_steps", "guidance_scale",
-           "guidance", "seconds", "stability", "verdict", "dynamic_degree", "as_asked", "wrong", "seen", "error", "notes", "hash", "key")
+           "guidance", "seconds", "plan", "degraded", "stability", "verdict", "dynamic_degree", "as_asked", "wrong", "seen", "error", "notes", "hash", "key")
 STATES = ("made", "kept", "failed", "waiting")
 
 
@@ -91,6 +91,7 @@ def headline(rows: Sequence[dict]) -> str:
     "What became of a batch, in a line."
     number, mean = counts(rows), means(rows)
     words = [f"{len(rows)} clip{'s' * (len(rows) != 1)}", *(f"{n} {state}" for state, n in number.items() if n)]
+    words += [f"{less} with less than was asked"] if (less := sum(bool(r.get("degraded")) for r in rows)) else []
     words += [f"stability {mean['stability']:.2f}"] if "stability" in mean else []
     return ", ".join(words + ([f"{mean['as_asked']:.0%} as asked"] if "as_asked" in mean else []))
 

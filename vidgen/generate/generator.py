@@ -215,7 +215,9 @@ def _clips(gen: "Generator", request: Request, watch: baseline.Watch) -> list[Cl
     from vidgen.generate.fast import Beside
 
     need = gen.parts.family.clip_bytes(gen.parts.configs, request.num_frames, request.height, request.width, PRECISIONS[gen.parts.precision])
-    plan, count, total, made = for_clip(gen.plan, need), len(request.prompts), {"load": gen.timings["load"]}, []
+    plan = for_clip(gen.plan, need)
+    plan = replace(plan, batch=1) if gen.alone(request) else plan
+    count, total, made = len(request.prompts), {"load": gen.timings["load"]}, []
     size, roomy = plan.batch, not gen.notes and plan.free_gib - plan.weight_gib >= 2 * plan.batch * plan.clip_gib
     watch.parts = -(-count // size)
     forget_peak(gen.parts.device)
@@ -254,7 +256,7 @@ def _once_more(gen: "Generator", request: Request, watch: baseline.Watch, said: 
     "The clips by the next cheaper plan, after memory ran out. DoesNotFit if there is none, it isn't allowed, or memory runs out again."
     from vidgen.generate.fast import adopt, cheaper
 
-    before, plan = gen.plan, cheaper(gen.plan, len(request.prompts)) if retry else None
+    before, plan = gen.plan, cheaper(gen.plan, 1 if gen.alone(request) else len(request.prompts)) if retry else None
     if plan is None:
         raise DoesNotFit(f"{gen.name} ran out of memory on {before.device} ({said}). The plan was: {before}. " + ("There is no cheaper one: ask for fewer frames or a smaller size."
                          if retry else "A cheaper one was not allowed: retry=True."), before)
@@ -350,6 +352,21 @@ class Generator:
                 raise said
             return _once_more(self, request, baseline.Watch(progress or drawn, cancel, callback, self.parts.device), said, retry)
 
+    def memory(self, request: Request) -> Callable:
+        "What makes the memory of a request's step cache, given the timesteps."
+        from vidgen.generate import cache
+
+        own = cache.measured(self.folder)
+        own = own if own.get("weights") in (None, self.weights) else {}  # measured before the weights changed
+        return lambda timesteps: cache.memory_for(request.cache, self.parts, self.entry.name, timesteps, own)
+
+    def alone(self, request: Request) -> bool:
+        "Does the step cache decide by what it sees, so that the clips of a request must not be computed together?"
+        return bool(request.cache) and self.memory(request)(self._timesteps(request)).change is not None
+
+    def _timesteps(self, request: Request):
+        return self.parts.family.sampler(self.parts, request.num_inference_steps, []).timesteps
+
     def loop(self, request: Request) -> tuple:
         "(the denoising loop for a request, what tells which steps it computed or None). ValueError for a step cache that can't be used."
         from vidgen.generate import cache
@@ -357,10 +374,8 @@ class Generator:
 
         if not request.cache and request.gate == 1:
             return baseline.denoise, None
-        own, made = cache.measured(self.folder), []
-        own = own if own.get("weights") in (None, self.weights) else {}  # measured before the weights changed
-        make = lambda timesteps: cache.memory_for(request.cache, self.parts, self.entry.name, timesteps, own)  # noqa: E731
-        with cache.remembering(self.parts, make(self.parts.family.sampler(self.parts, request.num_inference_steps, []).timesteps)):
+        make, made = self.memory(request), []
+        with cache.remembering(self.parts, make(self._timesteps(request))):
             pass
 
         def denoise(parts, *given):
