@@ -24,7 +24,7 @@ $(READY): pyproject.toml
 	[ -x $(BIN)/python ] || { echo "making $(VENV) with $$("$$found" --version)"; "$$found" -m venv $(VENV) || \
 	  { rm -rf $(VENV); echo "$$found can't make a virtual environment; on Debian and Ubuntu: apt install python3-venv"; exit 1; }; }
 	@echo "installing vidgen and its laboratory into $(VENV): PyTorch is large, allow some minutes (log: $(VENV)/install.log)"
-	@SECONDS=0; $(BIN)/python -m pip install --progress-bar off -e '.[lab,dev,quant,onnx]' > $(VENV)/install.log 2>&1 \
+	@SECONDS=0; $(BIN)/python -m pip install --progress-bar off -e '.[lab,dev]' > $(VENV)/install.log 2>&1 \
 	  || { tail -n 15 $(VENV)/install.log; echo "the install failed; the whole log is $(VENV)/install.log. Disk full? PyTorch with CUDA takes about 6 GB."; exit 1; }; \
 	  echo "installed in $$SECONDS s"
 	@touch $@
