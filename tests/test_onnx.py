@@ -1,5 +1,6 @@
 """The ONNX generator beside torch: the same clip in float32, nearly the same in INT8, and a folder that is whole or not there."""
 import json
+import os
 import shutil
 import sys
 import threading
@@ -11,7 +12,7 @@ import torch
 from families import WORDS, picture
 
 from vidgen.errors import CorruptWeights, WeightsMissing
-from vidgen.generate import graph, onnx
+from vidgen.generate import graph, onnx, profiles
 from vidgen.generate.generator import Generator
 from vidgen.generate.onnx import export, load_onnx, read, trajectories
 from vidgen.models.family import family
@@ -235,3 +236,10 @@ def test_every_kind_of_the_two_families(of, name, frames, tmp_path):
     assert (latents(first, **asks) - latents(load_onnx(tmp_path / "x"), **asks)).abs().max() < 1e-4
     export(first, tmp_path / "y", int8=True, graphs=tmp_path / "x", prompts=["a red circle"], images=[picture()] if "image" in asks else None, steps=3, smallest=24)
     assert (latents(first, **asks) - latents(load_onnx(tmp_path / "y"), **asks)).norm() / latents(first, **asks).norm() < 0.1
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="processes are bound to cores on Linux alone")
+def test_a_profile_of_one_thread_has_one_core():
+    "Frames are decoded beside the next clip; without the binding that took a second core from a profile of one thread."
+    found = profiles.measured(replace(profiles.cpu(threads=1), num_inference_steps=1), "shapes-t2v", {}, ["a red circle"], latencies=1)
+    assert found["status"] == "measured" and found["cores"] == 1, found

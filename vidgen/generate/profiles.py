@@ -138,12 +138,15 @@ def _seconds(job: Callable) -> tuple:
 
 # %% ../../nbs/30_generate/371_profiles.ipynb #91160bc4
 _CHILD = """
-import json, sys
+import json, os, sys
 from pathlib import Path
-from vidgen.generate.profiles import Profile, measure
 asked = json.loads(sys.stdin.read())
+if asked["profile"]["threads"] and hasattr(os, "sched_setaffinity"):
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: asked["profile"]["threads"]])
+from vidgen.generate.profiles import Profile, measure
 found = measure(Profile(**asked["profile"]), asked["model"], {k: Path(v) for k, v in asked["made"].items()}, asked["prompts"], seed=asked["seed"], latencies=asked["latencies"])
-print(json.dumps(found, default=str))
+cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None
+print(json.dumps(found | {"cores": cores}, default=str))
 """
 
 
@@ -156,7 +159,7 @@ def measured(
     seed: int = 0,
     latencies: int = 3,
 ) -> dict:
-    "`measure` in a process of its own with the profile's threads. A profile that can't run here, or fails, is `not measured`, with the reason."
+    "`measure` in a process of its own with the profile's threads, on as many cores: what is decoded beside the next clip takes no core more. A profile that can't run here, or fails, is `not measured`, with the reason."
     missing = {"profile": p.name, "status": "not measured", "settings": asdict(p)}
     if reason := why_not(p):
         return missing | {"reason": reason}
