@@ -208,7 +208,7 @@ def test_what_was_asked_for_stays_as_it_is():
     plain = choose("cogvideox-5b", device="t4", **ask)
     assert plain.how == {"offload": "model"} and "chosen: offload model" in plain.words[-1] and "plain needs" in plain.words[-1]
     assert choose("cogvideox-5b", device="t4", offload="group", **ask).how == {"offload": "group"}
-    assert choose("cogvideox-5b", device="rtx-4090", offload="none", quantise="int8-weight", **ask).how == {"quantise": "int8-weight"}
+    assert choose("cogvideox-5b", device="rtx-4090", offload="none", quantise="int8-weight", **ask).how == {"quantise": "int8-weight", "tiling": True}
     assert choose("cogvideox-5b", device="t4", cache="steps:0-9", allow_loss=True, **ask).cache == "steps:0-9"
     with pytest.raises(DoesNotFit):
         choose("cogvideox-5b", device="t4", offload="none", **ask)
@@ -270,6 +270,11 @@ def test_the_kept_numbers_still_hold():
         size, tide = (entry.num_frames, entry.height, entry.width), needs()[name]["tide_gib"]
         assert step(name, entry.precision, size, 2).peak_bytes / GIB == pytest.approx(tide["denoise"], rel=0.05)
         assert {k: s.values for k, s in sizes(parts).items()} == {k: s["values"] for k, s in needs()[name]["sizes"].items()}
+        assert estimate(name, device="h200").flops == pytest.approx(needs()[name]["flops"], rel=0.01)
+
+
+def test_on_a_processor_the_table_says_how_long():
+    assert fits("ltx-video", "cpu", 64 * GIB).endswith(" a clip") and not fits("ltx-video", "h100", 64 * GIB).endswith(" a clip")
 
 
 @pytest.mark.parametrize("name,card", [("cogvideox-5b", "rtx-4090"), ("cogvideox-2b", "t4"), ("ltx-video", "l4")])
