@@ -376,6 +376,15 @@ def test_out_of_memory_says_what_needs_less(vidgen, monkeypatch):
 
 # the other commands
 
+def test_an_explicit_default_is_kept_beside_a_plan(monkeypatch, vidgen):
+    from vidgen.generate import command
+
+    seen = []
+    monkeypatch.setattr(command, "work", lambda *_, **load: seen.append(load) or {}["enough"])
+    vidgen("generate", "a red circle", "--plan", "auto-lossy", "--offload", "none", "--gate", "0", "--no-run")
+    assert seen[0]["plan"] == "auto-lossy" and seen[0]["offload"] == "none" and seen[0]["gate"] == 0 and not {"cache", "tiling", "storage"} & set(seen[0])
+
+
 def test_models_as_text_and_json(vidgen):
     status, out, _ = vidgen("models")
     assert status == 0 and "shapes-t2v" in out and "tiny-t2v" in out and "hf download zai-org/CogVideoX-5b" in out

@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from vidgen.errors import DoesNotFit
 from vidgen.models import registry
-from vidgen.models.estimate import CARDS, ROOM, cheaper, choose, computed, estimate, resident, rungs, speed, stored
+from vidgen.models.estimate import CARDS, ROOM, cheaper, choose, computed, estimate, ladder, resident, roomy, rungs, speed, stored, takes, why
 from vidgen.models.family import FAMILIES, family, save_parts
 from vidgen.models.needs import fits, fitting, needs
 from vidgen.models.plan import GIB, Plan
@@ -153,12 +153,38 @@ def test_a_distilled_model_is_asked_once():
 @pytest.mark.parametrize("wrong,said", [
     (dict(task="lorra"), "nearest: lora"), (dict(offload="grop"), "nearest: group"), (dict(tilling=True), "nearest: tiling"), (dict(device="h1000"), "nearest: h100"), (dict(precision="fb16"), "fp16"),
     (dict(num_frames=48), "nearest: 41 or 49"), (dict(height=481), "multiple"), (dict(batch=0), "batch"), (dict(task="lora", cache="auto"), "way to generate"), (dict(task="lora", optimizer="adam8"), "adamw-8bit"),
-    (dict(task="lora", rank=0), "rank"), (dict(task="full", encoders="frist"), "nearest: first"), (dict(cache="tecache:1"), "teacache"), (dict(gate=2), "gate")])
+    (dict(task="lora", rank=0), "rank"), (dict(task="full", encoders="frist"), "nearest: first"), (dict(cache="tecache:1"), "teacache"), (dict(gate=2), "gate"),
+    (dict(num_inference_steps=0), "whole number"), (dict(num_inference_steps=-5), "whole number"), (dict(num_inference_steps=2.5), "whole number"), (dict(guidance_scale=float("nan")), "number from 1 up"),
+    (dict(guidance_scale=-1), "number from 1 up"), (dict(free_gib=0), "above 0"), (dict(free_gib=float("inf")), "above 0"), (dict(free_gib="24"), "above 0"), (dict(batch=1.5), "batch"),
+    (dict(task="lora", num_inference_steps=10), "way to generate"), (dict(device="cpu", offload="model"), "host's memory"), (dict(device="a100-80gb", quantise="fp8-dynamic"), "8.9"), (dict(device="cpu", quantise="fp8-dynamic"), "8.9")])
 def test_what_cannot_be_is_refused_with_what_could(wrong, said):
     with pytest.raises(ValueError, match=said):
         estimate("cogvideox-2b", **(dict(device="h100") | wrong))
     with pytest.raises(ValueError, match="nearest: .*cogvideox-2b"):
         estimate("cogvideo-2b", device="h100")
+
+
+@pytest.mark.parametrize("wrong,said", [
+    (dict(attention="nonsense"), "unknown attention.*sdpa"), (dict(compile="yes"), "True or False"), (dict(tiling=1), "True or False"), (dict(cache=5), "must be text"), (dict(cache="tecache:1"), "nearest: teacache"),
+    (dict(gate="half"), "share of the steps"), (dict(gate=float("nan")), "share of the steps"), (dict(gate=True), "share of the steps"), (dict(ulysses=True), "whole number"), (dict(ring=2.0), "whole number"),
+    (dict(cfg=3), "cfg=3"), (dict(quantise="int8-weight", storage="fp8"), "leave one of them out")])
+def test_a_plan_holds_only_what_can_be_carried_out(wrong, said):
+    with pytest.raises(ValueError, match=said):
+        Plan("m", "cuda", "bf16", 1, 1, 10, 1, **wrong)
+
+
+def test_eight_bits_are_for_cards_that_multiply_in_them():
+    assert estimate("cogvideox-2b", device="l40", num_frames=9, height=64, width=96, quantise="fp8-dynamic").fits
+    assert not CARDS["rtx-3090"].fp8 and CARDS["rtx-4090"].fp8
+
+
+@pytest.mark.parametrize("model,how,said", [
+    ("wan2.1-t2v-1.3b", dict(ulysses=8), "12 heads can't be shared by ulysses=8.*cfg 2 x ulysses 4"), ("wan2.1-t2v-1.3b", dict(ulysses=64), "12 heads"), ("wan2.1-t2v-1.3b", dict(ulysses=12, ring=64), "tokens can't be shared"),
+    ("wan2.1-t2v-1.3b", dict(cfg=2, guidance_scale=1), "nothing to share"), ("ltx-video", dict(ring=2), "can't be split over processes yet"), ("wan2.1-t2v-1.3b", dict(ring=2, cache="firstblock:0.05"), "firstblock")])
+def test_a_split_that_could_not_run_is_not_estimated(model, how, said):
+    with pytest.raises(ValueError, match=said):
+        estimate(model, device="h100", num_frames=9, height=64, width=96, **how)
+    assert estimate("wan2.1-t2v-1.3b", device="h100", num_frames=9, height=64, width=96, ulysses=4, cfg=2).seconds > 0
 
 
 # The ladder
@@ -175,6 +201,36 @@ def test_the_fastest_plan_that_fits_is_chosen(card, how):
 def test_a_step_cache_is_taken_only_when_loss_is_allowed():
     ask = dict(device="h100", num_frames=9)
     assert choose("wan2.1-t2v-1.3b", **ask).cache == "" and choose("wan2.1-t2v-1.3b", allow_loss=True, **ask).cache == "magcache:0.12"
+
+
+def test_what_was_asked_for_stays_as_it_is():
+    ask = dict(num_frames=9)
+    plain = choose("cogvideox-5b", device="t4", **ask)
+    assert plain.how == {"offload": "model"} and "chosen: offload model" in plain.words[-1] and "plain needs" in plain.words[-1]
+    assert choose("cogvideox-5b", device="t4", offload="group", **ask).how == {"offload": "group"}
+    assert choose("cogvideox-5b", device="rtx-4090", offload="none", quantise="int8-weight", **ask).how == {"quantise": "int8-weight", "tiling": True}
+    assert choose("cogvideox-5b", device="t4", cache="steps:0-9", allow_loss=True, **ask).cache == "steps:0-9"
+    with pytest.raises(DoesNotFit):
+        choose("cogvideox-5b", device="t4", offload="none", **ask)
+    assert all(not p.storage and p.quantise for p in ladder("cogvideox-5b", device="t4", quantise="int8-weight", **ask))
+
+
+def test_nothing_is_lost_for_no_time():
+    "With 8-bit weights the 14B model stays in one piece on this card; fetched block by block it is as fast and loses nothing."
+    plans = list(ladder("wan2.1-t2v-14b", device="rtx-4090"))
+    assert [p.how for p in plans if roomy(p)][0]["storage"] == "fp8" and plans[takes(plans)].how == {"offload": "group", "tiling": True}
+    assert choose("wan2.1-t2v-14b", device="rtx-4090").how == plans[takes(plans)].how and "loses digits" in why(plans)
+    assert fits("wan2.1-t2v-14b", "rtx-4090", CARDS["rtx-4090"].gib * GIB) == "fits with offload group, tiling"
+
+
+def test_a_loaded_model_takes_a_cache_with_leave_and_keeps_what_was_asked():
+    import vidgen
+
+    assert vidgen.load("shapes-t2v", device="cpu", plan="auto").plan.how == {} and vidgen.load("shapes-t2v", device="cpu", plan="auto-lossy").plan.how == {"cache": "measured"}
+    plan = vidgen.load("shapes-t2v", device="cpu", plan="auto", quantise="int8-weight").plan
+    assert plan.how == {"quantise": "int8-weight"} and plan.need_gib < choose("shapes-t2v", device="cpu").need_gib
+    with pytest.raises(ValueError, match="auto-lossy"):
+        vidgen.load("shapes-t2v", plan="lossy")
 
 
 def test_what_never_fits_says_what_would():
@@ -214,6 +270,11 @@ def test_the_kept_numbers_still_hold():
         size, tide = (entry.num_frames, entry.height, entry.width), needs()[name]["tide_gib"]
         assert step(name, entry.precision, size, 2).peak_bytes / GIB == pytest.approx(tide["denoise"], rel=0.05)
         assert {k: s.values for k, s in sizes(parts).items()} == {k: s["values"] for k, s in needs()[name]["sizes"].items()}
+        assert estimate(name, device="h200").flops == pytest.approx(needs()[name]["flops"], rel=0.01)
+
+
+def test_on_a_processor_the_table_says_how_long():
+    assert fits("ltx-video", "cpu", 64 * GIB).endswith(" a clip") and not fits("ltx-video", "h100", 64 * GIB).endswith(" a clip")
 
 
 @pytest.mark.parametrize("name,card", [("cogvideox-5b", "rtx-4090"), ("cogvideox-2b", "t4"), ("ltx-video", "l4")])
@@ -244,6 +305,51 @@ def test_the_command(capsys):
     assert "<- plan='auto'" in (out := capsys.readouterr().out) and "fits" in out and "no" in out
     assert main(["estimate", "ltx-vido"]) == 2 and "nearest: ltx-video" in capsys.readouterr().err
     assert main(["estimate", "ltx-video", "--device", "rtx-4091"]) == 2 and "rtx-4090" in capsys.readouterr().err
+
+
+def test_the_command_tells_where_what_and_why(capsys):
+    from vidgen.cli import main
+
+    def said(*words):
+        assert main(["estimate", *words]) == 0
+        return capsys.readouterr().out
+
+    here = said("shapes-t2v", "--memory", "4")
+    assert "this machine, as no device was named" in here and "--device rtx-4090" in here and "2.90 M parameters (text_encoder 47.94 k" in here
+    row = next(line for line in here.splitlines() if "<-" in line).partition("  ")[0]
+    assert f"memory by part, {row}:" in here and "* chosen: " in here
+    small = json.loads(said("ltx-video", "--device", "rtx-4090", "--frames", "9", "--tiling", "--attention", "flash", "--compile", "--guidance", "1", "--storage", "fp8", "--json"))
+    assert all({"tiling": True, "attention": "flash", "compile": True, "storage": "fp8"}.items() <= p["how"].items() for p in small["plans"])
+    assert json.loads(said("wan2.1-t2v-1.3b", "--device", "h100", "--frames", "9", "--allow-loss", "--json"))["plans"][0]["cache"] == "magcache:0.12"
+
+
+def test_the_column_leaves_the_margin_that_the_plan_leaves():
+    from vidgen.models.estimate_command import facts
+
+    need = estimate("shapes-t2v", device="h100").need_gib
+    found = facts("shapes-t2v", "generate", device="h100", free_gib=need * 1.02, precision="auto", how={}, training={})
+    assert not found["plans"][0]["fits"] and found["plans"][found["takes"]]["fits"]
+
+
+@pytest.mark.parametrize("words,said", [
+    (["--steps", "0"], "--steps 0"), (["--memory", "-1"], "--memory -1"), (["--guidance", "nan"], "--guidance nan"), (["--device", "cpu", "--offload", "group"], "--offload 'group'"),
+    (["--ulysses", "8", "--device", "h100"], "--ulysses 8"), (["--task", "lora", "--steps", "5"], "way to generate")])
+def test_what_the_command_refuses_is_said_in_flags(words, said, capsys):
+    from vidgen.cli import main
+
+    assert main(["estimate", "shapes-t2v", *words]) == 2 and said in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_a_card_that_is_not_here_can_be_named():
+    with pytest.raises(ValueError, match="sees no CUDA device.*rtx-4090"):
+        estimate("shapes-t2v", device="cuda")
+
+
+def test_imports_leave_no_remarks():
+    "diffusers imports torchao where it is installed; what is logged then is for the authors of both."
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", "import vidgen.models.family; from diffusers.models.modeling_utils import ModelMixin"], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and done.stderr == ""
 
 
 def test_speeds_are_listed_or_measured():

@@ -191,6 +191,48 @@ def test_torchrun(tmp_path):
     assert done.returncode == 1 and "4 heads can't be shared by ulysses=3" in done.stderr and "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize("words,said", [
+    (["--steps", "0"], "--steps 0 must be a whole number"), (["--frames", "10"], "--frames 10 can't be made"), (["--precision", "fb16"], "unknown precision"), (["--device", "gpu"], "unknown device"),
+    (["--guidance", "0"], "--guidance 0"), (["--cache", "tecache:1"], "nearest: teacache"), (["--cache", "firstblock:0.05"], "firstblock"), (["--model", "shapes-t2w"], "nearest: shapes-t2v"),
+    (["--cfg", "2", "--guidance", "1"], "--cfg 2, but this model computes one answer")])
+def test_a_wrong_request_is_one_sentence_before_any_process_starts(words, said, monkeypatch, capsys, tmp_path):
+    from vidgen.generate import launch as module
+    from vidgen.generate.parallel_command import main
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(module, "_start", lambda *_: pytest.fail("processes were started"))
+    monkeypatch.setattr(sys, "argv", ["parallel", "--prompt", "a red circle", "--processes", "2", *words])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    err = capsys.readouterr().err
+    assert stopped.value.code == 1 and err.startswith("error: ") and said in err and len(err.splitlines()) == 1
+
+
+def test_damaged_weights_and_a_failed_process_are_one_sentence(monkeypatch, capsys, tmp_path):
+    import shutil
+
+    from vidgen.errors import DoesNotFit
+    from vidgen.generate import parallel_command as module
+    from vidgen.models.registry import find
+
+    folder = shutil.copytree(find("shapes-t2v"), tmp_path / "cut")
+    weights = folder / "transformer" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    monkeypatch.chdir(tmp_path)
+
+    def said(*words):
+        monkeypatch.setattr(sys, "argv", ["parallel", "--prompt", "a red circle", "--processes", "2", *words])
+        with pytest.raises(SystemExit):
+            module.main()
+        return capsys.readouterr().err
+
+    assert "cut short" in (err := said("--model", str(folder))) and len(err.splitlines()) == 1
+    for raised, shown in ((DoesNotFit("it does not fit: force=True, on the command line --force"), "error: it does not fit: --force"),
+                          (RuntimeError("process 1 of 2 failed: num_frames=10\nTraceback"), "error: process 1 of 2 failed: --frames 10; --debug shows where")):
+        monkeypatch.setattr(module, "run_parallel", lambda *_, raised=raised, **__: (_ for _ in ()).throw(raised))
+        assert said() == shown + "\n"
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", ["flash", "efficient", "math"])
 def test_kernels_on_a_gpu(name):

@@ -56,7 +56,7 @@ COMMANDS = {
     "estimate": Command("vidgen.models.estimate_command:estimate", "Say what a clip or a training step would need, before anything is downloaded.", """
         vidgen estimate cogvideox-5b
         vidgen estimate wan2.1-t2v-14b --device rtx-4090 --frames 49
-        vidgen estimate cogvideox-5b --memory 16 --json
+        vidgen estimate cogvideox-5b --device rtx-4090 --memory 16 --json
         vidgen estimate cogvideox-5b --task lora --rank 128 --device a100-40gb
         vidgen estimate wan2.1-t2v-1.3b --task full --optimizer adamw-8bit --encoders first"""),
     "models": Command("vidgen.cli:models", "List the models, and where their weights are.", "vidgen models\nvidgen models --json"),

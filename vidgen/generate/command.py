@@ -26,7 +26,6 @@ from ..clip import Clip, open_image, writable
 from ..errors import Canceled, nearest, unknown
 from .steps import asked
 from ..models.family import PRECISIONS, Entry, family, read_configs
-from ..models.plan import Plan
 from ..progress import Progress, bar
 from ..runs import Run
 
@@ -132,7 +131,8 @@ def check_machine(device: str, precision: str) -> None:
 
 # %% ../../nbs/30_generate/39_command.ipynb #c537bc54
 FLAGS = {"cache": "--cache", "gate": "--gate", "attention": "--attention", "quantise": "--quantise", "storage": "--storage", "offload": "--offload", "plan": "--plan", "num_frames": "--frames", "num_inference_steps": "--steps", "guidance_scale": "--guidance", "num_videos_per_prompt": "--num-videos", "height": "--height",
-         "width": "--width", "precision": "--precision", "device": "--device", "seed": "--seed"}
+         "width": "--width", "precision": "--precision", "device": "--device", "seed": "--seed",
+         "free_gib": "--memory", "batch": "--batch", "rank": "--rank", "processes": "--processes", "ulysses": "--ulysses", "ring": "--ring", "cfg": "--cfg"}
 
 
 def in_flags(text: str) -> str:
@@ -316,15 +316,15 @@ def generate(
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
     precision: Annotated[str, typer.Option(help="auto, fp32, fp16, bf16.")] = "auto",
     force: Annotated[bool, typer.Option("--force", help="Load although memory looks too small.")] = False,
-    plan: Annotated[str | None, typer.Option(help="auto: the fastest way that fits this device.", show_default="one device, nothing saved", rich_help_panel=_HOW)] = None,
-    cache: Annotated[str, typer.Option(help="Skip steps that change little: auto, teacache:0.1, magcache:0.12, firstblock:0.05, steps:0-4,7,…", show_default="every step", rich_help_panel=_HOW)] = "",
-    gate: Annotated[float, typer.Option(help="Share of the steps that ask for guidance; the rest reuse it.", rich_help_panel=_HOW)] = 1.0,
+    plan: Annotated[str | None, typer.Option(help="auto: the fastest way that fits this device; auto-lossy: with a step cache, too.", show_default="one device, nothing saved", rich_help_panel=_HOW)] = None,
+    cache: Annotated[str | None, typer.Option(help="Skip steps that change little: auto, teacache:0.1, magcache:0.12, firstblock:0.05, steps:0-4,7,…", show_default="every step", rich_help_panel=_HOW)] = None,
+    gate: Annotated[float | None, typer.Option(help="Share of the steps that ask for guidance; the rest reuse it.", show_default="1", rich_help_panel=_HOW)] = None,
     scheduler: Annotated[str, typer.Option(help="Another sampler: dpm or ddim for CogVideoX, unipc or euler for Wan.", show_default="the model's own", rich_help_panel=_HOW)] = "",
-    attention: Annotated[str, typer.Option(help="auto, sdpa, cudnn, flash, efficient, math, flash-attn, sage, xformers, …", rich_help_panel=_HOW)] = "auto",
+    attention: Annotated[str | None, typer.Option(help="auto, sdpa, cudnn, flash, efficient, math, flash-attn, sage, xformers, …", show_default="auto", rich_help_panel=_HOW)] = None,
     compile: Annotated[bool, typer.Option("--compile", help="Compile the blocks: slow to begin, then faster; pays for many clips.", rich_help_panel=_HOW)] = False,
-    quantise: Annotated[str, typer.Option(help="int8-weight, int8-dynamic, fp8-weight, fp8-dynamic.", show_default="not", rich_help_panel=_HOW)] = "",
-    storage: Annotated[str, typer.Option(help="fp8: weights kept in 8 bits.", show_default="as computed", rich_help_panel=_HOW)] = "",
-    offload: Annotated[str, typer.Option(help="none, model, group or sequential: weights wait in the host's memory.", rich_help_panel=_HOW)] = "none",
+    quantise: Annotated[str | None, typer.Option(help="int8-weight, int8-dynamic, fp8-weight, fp8-dynamic.", show_default="not", rich_help_panel=_HOW)] = None,
+    storage: Annotated[str | None, typer.Option(help="fp8: weights kept in 8 bits.", show_default="as computed", rich_help_panel=_HOW)] = None,
+    offload: Annotated[str | None, typer.Option(help="none, model, group or sequential: weights wait in the host's memory.", show_default="none", rich_help_panel=_HOW)] = None,
     tiling: Annotated[bool, typer.Option("--tiling", help="Decode frames in tiles: less memory.", rich_help_panel=_HOW)] = False,
     lora: Annotated[list[str] | None, typer.Option(help="An adapter, FILE or FILE:scale; may be given several times.", show_default=False, rich_help_panel=_HOW)] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a file that is there.")] = False,
@@ -344,7 +344,7 @@ def generate(
         paths = targets(out, prompt, request.seed, num_videos, overwrite=overwrite)
         with recorded(vars(request) | {"out": [str(p) for p in paths]}, keep=not no_run) as run:
             how = dict(cache=cache, gate=gate, attention=attention, compile=compile, quantise=quantise, storage=storage, offload=offload, tiling=tiling)
-            how = {k: v for k, v in how.items() if plan is None or v != getattr(Plan, k)}
+            how = {k: v for k, v in how.items() if v is not None and v is not False}
             result = work(request, paths, fps=fps, overwrite=overwrite, run=run, lora=lora or (), device=device, precision=precision, force=force, plan=plan, scheduler=scheduler, **how)
             print(json.dumps(result, indent=1, ensure_ascii=False) if as_json else report(result))
             if run:

@@ -12,29 +12,45 @@ from typing import Annotated
 
 import typer
 
-from .command import in_flags, targets
-from .parallel import among, run_parallel
+from .. import settings
+from ..errors import CorruptWeights, DoesNotFit
+from .command import Request, check, check_machine, in_flags, pick, targets
+from .parallel import among, check_together, choose, heads_of, run_parallel
+from .steps import asked as asked_cache
 from .sequence import Split
+
+# %% ../../nbs/30_generate/384_parallel_command.ipynb #9e83afee
+def _look(request: Request, split: dict, *, device: str, precision: str, cache: str, gate: float) -> None:
+    "Can this be made, and split so? Errors: those of `command.check` and of `parallel.choose`."
+    check_machine(device, precision)
+    check(request)
+    if cache:
+        asked_cache(cache)
+    check_together({"cache": cache, "gate": gate}, choose(heads_of(request.model), **split, guided=request.guidance_scale != 1))
 
 # %% ../../nbs/30_generate/384_parallel_command.ipynb #16e7a6ef
 def command(
     prompt: Annotated[str, typer.Option("--prompt", "-p", help="What should be seen, in quotes.")],
-    model: Annotated[str, typer.Option("--model", "-m", help="A name of `vidgen models`, or a folder.")] = "shapes-t2v",
-    out: Annotated[str | None, typer.Option("--out", "-o", help=".mp4, .gif or .png; a name from prompt and seed if not given.")] = None,
-    image: Annotated[str | None, typer.Option("--image", "-i", help="The first frame, for image-to-video models.")] = None,
-    processes: Annotated[int | None, typer.Option("--processes", "-n", help="How many, where torchrun doesn't say; alone: the most promising split.")] = None,
-    ulysses: Annotated[int, typer.Option(help="Processes that share the attention heads; must divide them.")] = 1,
-    ring: Annotated[int, typer.Option(help="Processes that keys and values travel through.")] = 1,
-    cfg: Annotated[int, typer.Option(help="2: the answers with and without the prompt in different processes.")] = 1,
+    model: Annotated[str | None, typer.Option("--model", "-m", help="A name of `vidgen models`, or a folder.", show_default="settings.ini, else shapes-t2v")] = None,
+    out: Annotated[str | None, typer.Option("--out", "-o", help=".mp4, .gif or .png (a strip of frames).", show_default="from prompt and seed")] = None,
+    image: Annotated[str | None, typer.Option("--image", "-i", help="The first frame, for image-to-video models.", show_default=False)] = None,
+    processes: Annotated[int | None, typer.Option("--processes", "-n", help="How many to start; without a split below, the most promising is taken. Under torchrun leave it out.", show_default=False)] = None,
+    ulysses: Annotated[int, typer.Option(help="So many processes share the attention heads; must divide their number.")] = 1,
+    ring: Annotated[int, typer.Option(help="So many processes share the tokens; keys and values travel around them.")] = 1,
+    cfg: Annotated[int, typer.Option(help="2: the passes with and without the prompt in different processes, where the model has both.")] = 1,
     tiling: Annotated[bool, typer.Option("--tiling", help="Decode in tiles, each by another process.")] = False,
-    seed: Annotated[int, typer.Option("--seed", "-s", help="Same seed, same clip.")] = 0,
+    seed: Annotated[int | None, typer.Option("--seed", "-s", help="Same seed, same clip.", show_default="settings.ini, else 0")] = None,
     steps: Annotated[int | None, typer.Option("--steps", help="Denoising steps.", show_default="the model's own")] = None,
-    guidance: Annotated[float | None, typer.Option("--guidance", help="How strongly the prompt steers.", show_default="the model's own")] = None,
+    guidance: Annotated[float | None, typer.Option("--guidance", help="How strongly the prompt steers; 1 = not at all.", show_default="the model's own")] = None,
+    guidance_schedule: Annotated[str | None, typer.Option(help="constant, dynamic or dynamic-diffusers.", show_default="the model's own")] = None,
+    negative: Annotated[str | None, typer.Option(help="What guidance walks away from; \"\" for nothing.", show_default="the model's own")] = None,
+    cache: Annotated[str, typer.Option(help="Skip steps that change little: auto, teacache:0.1, magcache:0.12, steps:0-4,7,…", show_default="every step")] = "",
+    gate: Annotated[float, typer.Option(help="Share of the steps that ask for guidance; the rest reuse it.")] = 1.0,
     frames: Annotated[int | None, typer.Option("--frames", help="Frames of the clip.", show_default="the model's own")] = None,
     height: Annotated[int | None, typer.Option(help="Pixels.", show_default="the model's own")] = None,
     width: Annotated[int | None, typer.Option(help="Pixels.", show_default="the model's own")] = None,
-    precision: Annotated[str, typer.Option(help="fp32, fp16 or bf16.")] = "auto",
-    device: Annotated[str, typer.Option(help="cuda: one GPU per process; cpu.")] = "auto",
+    precision: Annotated[str, typer.Option(help="auto, fp32, fp16, bf16.")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cuda (one GPU for each process) or cpu.")] = "auto",
     timeout: Annotated[float, typer.Option(help="Seconds an exchange may take before it counts as lost.")] = 600.0,
     force: Annotated[bool, typer.Option("--force", help="Load although memory looks too small.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a file that is there.")] = False,
@@ -46,11 +62,17 @@ def command(
     By itself, on this machine:  python -m vidgen.generate.parallel --processes 4 --prompt "a red circle"
 
     Which split? Guidance first (cfg 2 hardly talks), then ulysses, then ring; a split that can't be lists those that can.
+
+    --debug shows where in a process an error happened.
     """
-    named = {"num_inference_steps": steps, "guidance_scale": guidance, "num_frames": frames, "height": height, "width": width}
+    started, seed = "RANK" in os.environ and "WORLD_SIZE" in os.environ, settings.get().generate.seed if seed is None else seed
+    model = pick(model, image is not None)
+    named = {"num_inference_steps": steps, "guidance_scale": guidance, "guidance": guidance_schedule, "negative_prompt": negative, "num_frames": frames, "height": height, "width": width}
     options = {k: v for k, v in named.items() if v is not None}
+    split = dict(processes=int(os.environ["WORLD_SIZE"]) if started else processes, ulysses=ulysses, ring=ring, cfg=cfg)
+    _look(Request(prompt, model, image, seed, **options), split, device=device, precision=precision, cache=cache, gate=gate)
+    options |= {"cache": cache, "gate": gate}
     asked = dict(processes=processes, ulysses=ulysses, ring=ring, cfg=cfg, tiling=tiling, precision=precision, device=device, timeout=timeout, force=force)
-    started = "RANK" in os.environ and "WORLD_SIZE" in os.environ
     path = targets(out, prompt, seed, overwrite=overwrite)[0] if not started or os.environ["RANK"] == "0" else None
     clips = (among if started else run_parallel)(model, prompt, image, seed=seed, **asked, **options)
     if path is not None:
@@ -60,9 +82,15 @@ def command(
 
 # %% ../../nbs/30_generate/384_parallel_command.ipynb #f428b113
 def main() -> None:
-    "The command line of this module. What a user can mend is one sentence, without the way there."
+    "The command line of this module. What a user can mend is one sentence, without the way there; `--debug` raises."
+    debug = "--debug" in sys.argv
+    sys.argv[1:] = [word for word in sys.argv[1:] if word != "--debug"]
     try:
         typer.run(command)
-    except (ValueError, OSError, RuntimeError) as err:
-        print(f"error: {in_flags(str(err))}", file=sys.stderr)
+    except (ValueError, OSError, RuntimeError, DoesNotFit, CorruptWeights) as err:
+        if debug:
+            raise
+        first, _, more = str(err).partition("\n")
+        rest = "; --debug shows where" if more and isinstance(err, RuntimeError) else f"\n{more}" if more else ""
+        print(f"error: {in_flags(first + rest)}", file=sys.stderr)
         raise SystemExit(1) from None

@@ -236,15 +236,15 @@ def items_of(
 def check_how(how: dict) -> dict:
     "Options of `load` beside precision, those that say what holds anyway left out. Errors: ValueError with the nearest option or value."
     from vidgen.generate.steps import asked
-    from vidgen.models.plan import HOW, Plan
+    from vidgen.models.plan import AUTO, HOW, Plan
 
     for word in how:
         if word not in (*HOW, "plan", "scheduler"):
             raise unknown("option of a batch", word, (*HOW, "plan", "scheduler", "precision", "force", "devices", "at_once"))
     plan, sampler = how.get("plan"), {"scheduler": how["scheduler"]} if how.get("scheduler") else {}
     chosen = {k: v for k, v in how.items() if k not in ("plan", "scheduler")}
-    if plan not in (None, "auto"):
-        raise ValueError(f"plan={plan!r}: 'auto' lets each model run the fastest way that fits, or leave it out")
+    if plan not in (None, *AUTO):
+        raise ValueError(f"plan={plan!r}: 'auto' lets each model run the fastest way that fits, 'auto-lossy' with a step cache, too, or leave it out")
     found = Plan("", "cpu", "fp32", 0.0, 0.0, 0.0, 1, **chosen).how
     if found.get("cache"):
         asked(found["cache"])

@@ -10,6 +10,7 @@ __all__ = ['FAMILIES', 'LATER', 'PRECISIONS', 'LEFT_OUT', 'EXPORT', 'draw', 'Cac
 # %% ../../nbs/20_models/21_family.ipynb #44595613
 import importlib
 import json
+import logging
 import threading
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -18,6 +19,18 @@ from numbers import Integral
 from pathlib import Path
 
 from ..errors import CorruptWeights, unknown
+
+# %% ../../nbs/20_models/21_family.ipynb #8ba6d13b
+_REMARKS = {"torch.utils._pytree": "is an Enum subclass", "diffusers.quantizers.torchao.torchao_quantizer": "Unable to import `torchao` Tensor objects"}
+
+
+def _leave_out(log: str, remark: str) -> None:
+    "What that log says with `remark` in it is not passed on."
+    logging.getLogger(log).addFilter(lambda record: remark not in str(record.msg))
+
+
+for _log, _remark in _REMARKS.items():
+    _leave_out(_log, _remark)
 
 # %% ../../nbs/20_models/21_family.ipynb #92449a8b
 def draw(parts, shape_FCHW: tuple, generators: list, *, axes: str = "FCHW", precision: str = ""):

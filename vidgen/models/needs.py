@@ -8,11 +8,12 @@ __all__ = ['KEPT', 'walk_all', 'needs', 'fits', 'fitting', 'here']
 # %% ../../nbs/20_models/291_needs.ipynb #c507f61c
 import json
 import os
+import time
 from functools import lru_cache
 from importlib.resources import files
 from pathlib import Path
 
-from .plan import GIB, Plan, free_memory
+from .plan import GIB, Plan, free_memory, lasting
 
 # %% ../../nbs/20_models/291_needs.ipynb #0add2008
 KEPT = Path(str(files("vidgen"))) / "models" / "needs.json"
@@ -23,6 +24,7 @@ def walk_all(names: list[str], progress=None) -> dict:
     from dataclasses import asdict
 
     from vidgen.models import walk
+    from vidgen.models.estimate import estimate
     from vidgen.models.published import sizes, skeleton
     from vidgen.progress import Progress
 
@@ -31,7 +33,7 @@ def walk_all(names: list[str], progress=None) -> dict:
         entry, parts = skeleton(name)
         size, guided = (entry.num_frames, entry.height, entry.width), parts.family.guidance(parts, entry.guidance_scale)[0] != 1
         tides = {"denoise": walk.step(name, entry.precision, size, 1 + guided), "decode": walk.decoding(name, entry.precision, size), "tiles": walk.decoding(name, entry.precision, size, True)}
-        found[name] = {"tide_gib": {k: round(w.peak_bytes / GIB, 3) for k, w in tides.items()}, "sizes": {k: asdict(s) for k, s in sizes(parts).items()}}
+        found[name] = {"tide_gib": {k: round(w.peak_bytes / GIB, 3) for k, w in tides.items()}, "sizes": {k: asdict(s) for k, s in sizes(parts).items()}, "flops": estimate(name, device="h200").flops}
         if progress:
             progress(Progress("walk", i + 1, len(names)))
     return found
@@ -43,8 +45,21 @@ def needs() -> dict:
     return json.loads(KEPT.read_text(encoding="utf-8"))
 
 # %% ../../nbs/20_models/291_needs.ipynb #2063e7bc
+@lru_cache
+def _rate() -> float:
+    "Operations per second that a model may reach on this CPU."
+    import numpy as np
+
+    x, took = np.ones((768, 768), np.float32), []
+    for _ in range(3):
+        start = time.perf_counter()
+        x @ x
+        took.append(time.perf_counter() - start)
+    return 0.5 * 2 * 768**3 / min(took)
+
+
 def fits(name: str, device: str, free_bytes: float) -> str:
-    "`fits`, `fits with …`, `does not fit`, or nothing for a model whose numbers are not kept."
+    "`fits`, `fits with …`, on a CPU with about how long a clip takes, `does not fit`, or nothing for a model whose numbers are not kept."
     from types import SimpleNamespace
 
     from vidgen.models.estimate import ROOM, resident, rungs
@@ -54,12 +69,12 @@ def fits(name: str, device: str, free_bytes: float) -> str:
         return ""
     known, precision = needs()[name], entries()[name].precision
     sizes = {k: SimpleNamespace(**s) for k, s in known["sizes"].items()}
-    for way in rungs(device, precision):
+    for way in sorted(rungs(device, precision), key=lambda way: "storage" in way):  # what loses digits comes last
         plan = Plan(name, device, weight_gib=0, clip_gib=0, free_gib=free_bytes / GIB, batch=1, **way)
         held, tide = resident(sizes, plan), known["tide_gib"]
         if max(held["text"], held["denoise"] + tide["denoise"], held["decode"] + tide["tiles" if plan.tiling else "decode"]) <= ROOM * plan.free_gib:
             words = [f"{k} {v}" if v is not True else k for k, v in plan.how.items()]
-            return "fits" + (f" with {', '.join(words)}" if words else "")
+            return "fits" + (f" with {', '.join(words)}" if words else "") + (f", {lasting(known['flops'] / _rate())} a clip" if device == "cpu" else "")
     return "does not fit"
 
 

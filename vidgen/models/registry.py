@@ -239,7 +239,7 @@ def load(
     device: str = "auto",            # auto = settings, then the first GPU, else the CPU
     precision: str = "auto",         # fp32, fp16, bf16; auto = settings, then the model's own
     force: bool = False,             # load although memory looks too small
-    plan=None,                       # a Plan, or "auto": the fastest way that fits this device
+    plan=None,                       # a Plan, or "auto": the fastest way that fits this device; "auto-lossy": with its step cache, too
     scheduler: str = "",             # another sampler of the family, e.g. dpm or ddim, unipc or euler; "" = the model's own
     **how,                           # cache, gate, attention, compile, offload, storage, quantise, tiling: see `Plan`
 ):
@@ -266,7 +266,7 @@ def load(
             raise ValueError(f"this plan is for {plan.task} training; a plan to generate is what vidgen.estimate({entry.name!r}) returns")
     if not isinstance(plan, plans.Plan):
         device = plans.pick_device(own.device if device == "auto" else device)
-        precision = next((p for p in (precision, own.precision) if p != "auto"), "auto" if plan == "auto" else entry.precision)
+        precision = next((p for p in (precision, own.precision) if p != "auto"), "auto" if plan in plans.AUTO else entry.precision)
         if precision != "auto":
             dtype(precision)
         plan = planned(plan, entry, folder, device, precision, force, how)
@@ -287,16 +287,16 @@ def graphs(folder: Path, force: bool, **asked):
 
 def planned(plan: str | None, entry: Entry, folder: Path, device: str, precision: str, force: bool, how: dict | None = None):
     "The plan that `load` makes when it is given none, or the word auto. ValueError for another word, DoesNotFit unless `force`."
-    if plan not in (None, "auto"):
-        raise ValueError(f"plan={plan!r}: give plan='auto', a Plan as vidgen.estimate returns it, or leave it out")
+    if plan not in (None, *plans.AUTO):
+        raise ValueError(f"plan={plan!r}: give plan='auto', or 'auto-lossy' with a step cache, a Plan as vidgen.estimate returns it, or leave it out")
     smaller = {word: value for word, value in (how or {}).items() if word in ("offload", "storage", "quantise", "tiling") and value not in ("", "none", False)}
     if plan is None and not smaller:
         return plan_for(entry, folder, device=device, precision=precision, force=force)
     from vidgen.models.estimate import choose, estimate
 
     name = str(folder) if entry.name not in entries() else entry.name
-    if plan == "auto":
-        return choose(name, device=device, precision=precision, force=force)
+    if plan in plans.AUTO:
+        return choose(name, device=device, precision=precision, force=force, allow_loss=plan == "auto-lossy", **(how or {}))
     made = replace(estimate(name, device=device, precision=precision, **smaller), forced=force)
     if not made.fits and not force:
         plans.refuse(made)
