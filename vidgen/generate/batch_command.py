@@ -19,8 +19,8 @@ from . import gallery
 from ..runs import Run
 
 # %% ../../nbs/30_generate/392_batch_command.ipynb #d64c02cb
-def preview(items: Sequence, folder: Path) -> list[str]:
-    "Lines that say what a call would do, group by group. `items` are what `requests.read` returns."
+def preview(items: Sequence, folder: Path, redo_degraded: bool = False) -> list[str]:
+    "Lines that say what a call would do, group by group. `items` are what `requests.read` returns; with `redo_degraded` a film made with less than was asked counts as missing."
     from vidgen.generate.maker import kept
 
     groups: dict[tuple, list] = {}
@@ -28,7 +28,8 @@ def preview(items: Sequence, folder: Path) -> list[str]:
         groups.setdefault(item.group, []).append(item)
     lines = []
     for of in groups.values():
-        first, there, lacking = of[0], sum(kept(i, folder) is not None for i in of), [i for i in of if i.fault]
+        rows = [row for i in of if (row := kept(i, folder))]
+        first, there, lacking = of[0], sum(not (redo_degraded and row.get("degraded")) for row in rows), [i for i in of if i.fault]
         lines.append(f"{len(of):>5}  {first.model}: {first.num_frames} frames {first.width}x{first.height}, {first.num_inference_steps} steps, guidance {first.guidance_scale:g} {first.guidance}"
                      + (f"; {there} there already" if there else "") + (f"; {len(lacking)} can't be made here" if lacking else ""))
         lines += [f"       {i.where}: {i.fault.splitlines()[0]}" for i in lacking[:5]]
@@ -82,20 +83,28 @@ def command(
     storage: Annotated[str, typer.Option(help="fp8: weights kept in 8 bits.", show_default="as computed", rich_help_panel=_HOW)] = "",
     offload: Annotated[str, typer.Option(help="none, model, group or sequential: weights wait in the host's memory.", rich_help_panel=_HOW)] = "none",
     tiling: Annotated[bool, typer.Option("--tiling", help="Decode frames in tiles: less memory.", rich_help_panel=_HOW)] = False,
+    lora: Annotated[list[str] | None, typer.Option(help="An adapter, FILE or FILE:scale, for all clips; may be given several times.", show_default=False, rich_help_panel=_HOW)] = None,
     check: Annotated[bool, typer.Option("--check", help="Say what would be made, and make nothing.")] = False,
     no_run: Annotated[bool, typer.Option("--no-run", help="Keep no record under runs/.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> int:
-    "Make the clips of a file of requests, and a page of them. Exit status 1 when a clip could not be made."
+    """
+    Make the clips of a file of requests, and a page of them. Exit status 1 when a clip could not be made.
+
+    A line of the file: {"prompt": "a red circle moving right", "seed": 7, "num_inference_steps": 25, "name": "red"}
+
+    Its keys: prompt, model, image, seed, num_frames, height, width, num_inference_steps, guidance_scale, guidance (a schedule), negative_prompt, num_videos_per_prompt, name. Only prompt must be there.
+    """
     from vidgen.generate import batch as page
     from vidgen.generate.requests import read
+    from vidgen.generate.workers import devices as places
     from vidgen.models.plan import Plan
 
     how = dict(cache=cache, gate=gate, attention=attention, compile=compile, quantise=quantise, storage=storage, offload=offload, tiling=tiling)
-    how = {k: v for k, v in how.items() if v != getattr(Plan, k)} | ({"plan": plan} if plan else {}) | ({"scheduler": scheduler} if scheduler else {})
-    items = read(requests, precision=precision, **how)
+    how = {k: v for k, v in how.items() if v != getattr(Plan, k)} | {k: v for k, v in {"plan": plan, "scheduler": scheduler, "lora": lora}.items() if v}
+    items = read(requests, precision=precision, device=places(devices)[0], **how)
     if check:
-        print("\n".join(preview(items, Path(out).expanduser())))
+        print("\n".join(preview(items, Path(out).expanduser(), redo_degraded)))
         return int(any(i.fault for i in items))
     params = {"requests": requests, "clips": len(items), "out": out, "devices": devices, "at_once": at_once, "precision": precision, "force": force, "redo_degraded": redo_degraded} | how
     with _record(params, not no_run) as run:

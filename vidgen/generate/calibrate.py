@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from . import cache
-from .steps import best, written
+from .steps import FILE, best, written
 
 # %% ../../nbs/30_generate/352_calibrate.ipynb #1e9d8de9
 def observe(gen, prompts: Sequence[str], *, image=None, seed: int = 0, num_inference_steps: int | None = None, most: int = 6, progress=None) -> dict:
@@ -77,6 +77,6 @@ def keep(gen, seen: dict, chosen: dict | None = None, *, folder: str | Path | No
         found |= {"teacache": bend, "teacache_r2": round(r2, 3)}
     if chosen:
         found |= {"usual": "measured", "steps": {"computed": chosen["computed"], "of": chosen["of"]}}
-    path = Path(folder or gen.folder) / cache.FILE
+    path = Path(folder or gen.folder) / FILE
     path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     return path
