@@ -164,7 +164,7 @@ def test_the_cache_and_the_gate_of_a_plan_are_looked_at_too():
     "What a loaded generator brings along is refused like what a request asks, and so is what `auto` means."
     from families import generator
 
-    from vidgen.generate.sequence import Mesh, Split
+    from vidgen.generate.sequence import Split
     from vidgen.models.family import family
 
     gen, ask = generator(family("cogvideox").tiny()), [{"prompt": "a", "num_inference_steps": 2}]

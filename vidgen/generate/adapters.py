@@ -53,6 +53,7 @@ def _read(gen, pipe, file: Path, name: str) -> None:
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # several adapters are what this is for
+            warnings.filterwarnings("ignore", message="Adapter .* was active which is now deleted")
             pipe.load_lora_weights(file.parent, weight_name=file.name, adapter_name=name, local_files_only=True)
     except Exception as err:
         _drop(gen, pipe, name)
@@ -66,12 +67,10 @@ def _read(gen, pipe, file: Path, name: str) -> None:
 
 def _drop(gen, pipe, name: str) -> None:
     "Take off what a failed reading left, and let those act that were there before."
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Adapter .* was active which is now deleted")
-        if name in getattr(gen.parts.transformer, "peft_config", {}):
-            pipe.delete_adapters(name)
-        if not gen.adapters:
-            pipe.unload_lora_weights()
+    if name in getattr(gen.parts.transformer, "peft_config", {}):
+        pipe.delete_adapters(name)
+    if not gen.adapters:
+        pipe.unload_lora_weights()
     weigh(gen)
 
 

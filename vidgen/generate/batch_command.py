@@ -63,10 +63,12 @@ def _finish(run: Run, outcome) -> None:
 
 # %% ../../nbs/30_generate/392_batch_command.ipynb #5cc44ac2
 _HOW = "How it runs"
+_LINE = ('JSONL or a JSON list, one object for each request; - reads standard input. A line: {"prompt": "a red circle", "seed": 7, "num_inference_steps": 25}. Keys: prompt, model, image, seed, num_frames, height, width, '
+         "num_inference_steps, guidance_scale, guidance (a schedule), negative_prompt, num_videos_per_prompt, name; all but prompt may be left out.")
 
 
 def command(
-    requests: Annotated[str, typer.Argument(help="JSONL or a JSON list: one object for each request; - reads standard input.", show_default=False)],
+    requests: Annotated[str, typer.Argument(help=_LINE, show_default=False)],
     out: Annotated[str, typer.Option("--out", "-o", help="The folder of the films.", show_default=False)],
     devices: Annotated[str | None, typer.Option("--devices", "-d", help="4, cuda:0,cuda:1 or cpu:2: a process for each.", show_default="one, in this process")] = None,
     at_once: Annotated[int | None, typer.Option(help="Clips computed together.", show_default="2 on a CPU, 4 on a GPU", min=1)] = None,
@@ -88,13 +90,7 @@ def command(
     no_run: Annotated[bool, typer.Option("--no-run", help="Keep no record under runs/.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> int:
-    """
-    Make the clips of a file of requests, and a page of them. Exit status 1 when a clip could not be made.
-
-    A line of the file: {"prompt": "a red circle moving right", "seed": 7, "num_inference_steps": 25, "name": "red"}
-
-    Its keys: prompt, model, image, seed, num_frames, height, width, num_inference_steps, guidance_scale, guidance (a schedule), negative_prompt, num_videos_per_prompt, name. Only prompt must be there.
-    """
+    "Make the clips of a file of requests, and a page of them. Exit status 1 when a clip could not be made."
     from vidgen.generate import batch as page
     from vidgen.generate.requests import read
     from vidgen.generate.workers import devices as places

@@ -59,8 +59,12 @@ def stretched(
     places, last = [i for i, on in enumerate(computed) if on], max(len(computed) - 1, 1)
     count = max(1, min(steps, least), round(len(places) * steps / len(computed)))
     taken = (places[round(j * (len(places) - 1) / max(count - 1, 1))] for j in range(count))
-    chosen = {round(i * (steps - 1) / last) for i in taken}
-    return tuple(i in chosen or i == 0 for i in range(steps))
+    chosen = {0, *(round(i * (steps - 1) / last) for i in taken)}
+    while len(chosen) < min(steps, least):  # two places fell together: the widest gap gets a step
+        edges = sorted(chosen | {steps})
+        low, high = max(zip(edges, edges[1:]), key=lambda gap: gap[1] - gap[0])
+        chosen.add((low + high) // 2)
+    return tuple(i in chosen for i in range(steps))
 
 # %% ../../nbs/30_generate/34_steps.ipynb #4f6d1c02
 def sparse(computed: Steps) -> str:
