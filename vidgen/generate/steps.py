@@ -68,9 +68,9 @@ def stretched(
 
 # %% ../../nbs/30_generate/34_steps.ipynb #4f6d1c02
 def sparse(computed: Steps) -> str:
-    "What to say of a run that computes fewer than four of its steps, or fewer than one in seven; '' for any other."
+    "What to say of a run that computes fewer than four of its steps, or fewer than one in ten; '' for any other."
     count, steps = sum(computed), len(computed)
-    if count == steps or count >= max(4, steps / 7):
+    if count == steps or count >= max(4, steps / 10):
         return ""
     return f"only {count} of {steps} steps were computed: what was asked may not be seen; a step cache needs more steps to choose from, or a lower threshold"
 
