@@ -48,17 +48,17 @@ def float_answers(parts):
         handle.remove()
 
 
-def generator(parts, batch=1):
-    return Generator(parts, parts.family.describe(parts.configs, "mine", parts.task), Plan("mine", "cpu", "fp32", 0.1, 0.1, 8.0, batch))
+def generator(parts, batch=1, **how):
+    return Generator(parts, parts.family.describe(parts.configs, "mine", parts.task), Plan("mine", "cpu", "fp32", 0.1, 0.1, 8.0, batch, **how))
 
 
-def company(parts, *, frames=9, size=(64, 96)):
+def company(parts, *, frames=9, size=(64, 96), **how):
     "The largest difference between clips made together and alone, in steps of 1/255."
     asked = dict(num_frames=frames, height=size[0], width=size[1], num_inference_steps=3)
     prompts, seeds = ["a red circle", "a blue star moving left", "a red star"], [5, 9, 5]
     images = [picture(size[1], size[0], seed=i) for i in range(3)] if parts.task == "i2v" else None
-    together = generator(parts, 3).generate(prompts, images, seed=seeds, **asked)
-    alone = [generator(parts).generate(p, images and images[i], seed=seeds[i], **asked)[0] for i, p in enumerate(prompts)]
+    together = generator(parts, 3, **how).generate(prompts, images, seed=seeds, **asked)
+    alone = [generator(parts, **how).generate(p, images and images[i], seed=seeds[i], **asked)[0] for i, p in enumerate(prompts)]
     assert together[0].hash != together[1].hash
     return max(int(np.abs(a.frames.astype(int) - b.frames).max()) for a, b in zip(together, alone, strict=True))
 

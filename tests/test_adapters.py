@@ -78,3 +78,56 @@ def test_what_is_refused(tmp_path):
 @pytest.mark.parametrize("text, found", [("a.safetensors", ("a.safetensors", 1.0)), ("a:0.5", ("a", 0.5)), ("C:x", ("C:x", 1.0)), ("b/a:-1", ("b/a", -1.0))])
 def test_spelled(text, found):
     assert adapters.spelled(text) == found
+
+
+def test_on_weights_in_eight_bits(tmp_path):
+    "The adapter is made in the precision that is computed in: the same change as on the model itself, to the rounding of the weights."
+    from vidgen.generate.quantised import store_fp8
+
+    path, exact, small = made(tmp_path, "fox", 1), generator(family("cogvideox").tiny()), generator(family("cogvideox").tiny())
+    store_fp8(small.parts)
+    plain = answer(exact), answer(small)
+    for gen in (exact, small):
+        adapters.attach(gen, path)
+    lora = {n: p for n, p in small.parts.transformer.named_parameters() if "lora_" in n}
+    assert lora and all(p.dtype == torch.float32 for p in lora.values()) and all(torch.equal(p, dict(exact.parts.transformer.named_parameters())[n]) for n, p in lora.items())
+    moved = answer(exact) - plain[0], answer(small) - plain[1]
+    assert (moved[0] - moved[1]).norm() < 0.3 * moved[0].norm()
+    with pytest.raises(ValueError, match="rounded away"):
+        adapters.fuse(small)
+    assert small.generate(**ASK)[0].made["adapters"]["fox"]["scale"] == 1.0
+
+
+def test_an_adapter_of_another_width_leaves_nothing_behind(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    gen, path = generator(family("cogvideox").tiny()), made(tmp_path, "fox", 1)
+    plain, file = answer(gen), next(path.glob("*.safetensors"))
+    (tmp_path / "wide").mkdir()
+    save_file({k: torch.cat([v, v], dim=1) if "lora_A" in k else v for k, v in load_file(file).items()}, tmp_path / "wide" / "wide.safetensors")
+    for first in (True, False):
+        with pytest.raises(ValueError, match="can't be put on mine.*another model"):
+            adapters.attach(gen, tmp_path / "wide")
+        assert "wide" not in gen.adapters and "wide" not in getattr(gen.parts.transformer, "peft_config", {})
+        if first:
+            assert torch.equal(answer(gen), plain)
+            adapters.attach(gen, path)
+            one = answer(gen)
+    assert torch.equal(answer(gen), one) and not torch.allclose(one, plain, atol=1e-3)
+
+
+def test_memory_that_runs_out_is_told_as_it_is(tmp_path, monkeypatch):
+    gen, path = generator(family("cogvideox").tiny()), made(tmp_path, "fox", 1)
+
+    def full(*a, **k):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(type(stock(gen.parts)), "load_lora_weights", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        adapters.attach(gen, path)
+
+
+@pytest.mark.parametrize("name", ["v1.5", "a b", "a/b"])
+def test_a_name_that_cannot_be_used(tmp_path, name):
+    with pytest.raises(ValueError, match="give another name"):
+        adapters.attach(generator(family("cogvideox").tiny()), made(tmp_path, "fox", 1), name=name)

@@ -141,8 +141,8 @@ def test_the_key_holds_the_bytes_of_a_picture_and_the_precision():
 
 
 def test_another_way_of_computing_is_another_clip():
-    ways = [{}, {"cache": "steps:0"}, {"gate": 0.5}, {"quantise": "int8-weight"}, {"plan": "auto"}]
-    assert len({read(asked(1), **how)[0].key for how in ways}) == 5
+    ways = [{}, {"cache": "steps:0"}, {"gate": 0.5}, {"quantise": "int8-weight"}]
+    assert len({read(asked(1), **how)[0].key for how in ways}) == 4
     assert read(asked(1))[0].key == read(asked(1), cache="", gate=1.0, offload="none")[0].key
     for wrong, says in (({"cach": "x"}, "nearest: cache"), ({"cache": "tea:1"}, "nearest: teacache"), ({"offload": "modl"}, "nearest: model"), ({"gate": 2}, "between 0 and 1"), ({"plan": 3}, "'auto'")):
         with pytest.raises(ValueError, match=says):
@@ -567,3 +567,98 @@ def test_time_workers_wants_something_to_compare():
 def test_time_workers():
     found = time_workers(asked(6), "cpu:2", rounds=2)
     assert found["equal"] and found["clips"] == 6 and {n: len(s) for n, s in found["seconds"].items()} == {1: 2, 2: 2} and found["ratio"] > 0
+
+
+# what a word means
+
+def mine(folder, text):
+    from vidgen.generate.steps import FILE
+    from vidgen.models.family import family, save_parts
+
+    if not folder.exists():
+        save_parts(family("cogvideox").tiny("cogvideox-2b", seed=0, words=RED.split()), folder)
+    (folder / FILE).write_text(text)
+    return [{"prompt": RED, "model": str(folder), **FAST}]
+
+
+def test_the_key_of_a_measured_cache_holds_what_was_measured(tmp_path):
+    files = [json.dumps({"usual": "measured", "steps": {"computed": c, "of": 4}, "teacache": [1, 0], "magcache": [1.0, 0.9, 0.9, 0.9]}) for c in ("0,2", "0,3")]
+    for rule, same in {"auto": False, "measured": False, "teacache:0.1": False, "magcache:0.1": False, "": True, "steps:0": True}.items():
+        one, other = (read(mine(tmp_path / "mine", text), cache=rule)[0].key for text in files)
+        assert (one == other) is same, rule
+    assert read(mine(tmp_path / "mine", files[0]), cache="auto")[0].key == read(mine(tmp_path / "mine", files[0]), cache="measured")[0].key
+    item, = read(mine(tmp_path / "mine", "{"), cache="auto")
+    assert "step_cache.json is not valid JSON" in item.fault and not read(mine(tmp_path / "mine", "{"))[0].fault
+
+
+def test_the_key_of_an_automatic_plan_is_that_of_the_plan(monkeypatch):
+    from vidgen.generate import requests
+
+    assert read(asked(1), plan="auto")[0].key == read(asked(1))[0].key and read(asked(1), plan="auto", gate=0.5)[0].key == read(asked(1), gate=0.5)[0].key
+    real = requests.registry.planned
+    monkeypatch.setattr(requests.registry, "planned", lambda *a: replace(real(*a), precision="bf16", storage="fp8", offload="model"))
+    assert read(asked(1), plan="auto")[0].key == read(asked(1), precision="bf16", storage="fp8")[0].key
+
+
+def test_a_worker_with_less_room_than_the_plan_assumed_says_so(monkeypatch):
+    item, = read(asked(1), plan="auto")
+    real = maker.registry.load
+    monkeypatch.setattr(maker.registry, "load", lambda name, **how: real(name, **(how | {"plan": None, "storage": "fp8"})))
+    row, = maker.Maker("cpu", plan="auto").make((item,), Path("films"))
+    assert row["degraded"] == ["storage fp8 instead of none"]
+
+
+def test_a_row_tells_the_steps_that_were_computed():
+    rows = batch(asked(1, num_inference_steps=6), "films", devices="cpu", cache="steps:0-3,5").rows + batch(asked(1), "plain", devices="cpu").rows
+    assert rows[0]["computed_steps"] == "0-3,5" and "computed_steps" not in rows[1]
+    assert next(csv.DictReader(Path("films/report.csv").open()))["computed_steps"] == "0-3,5"
+
+
+def test_films_of_a_rule_that_gave_others_are_made_anew():
+    from vidgen.generate.requests import computed_as, look_up
+
+    assert computed_as({"cache": "firstblock:0.1"}, look_up("shapes-t2v"))["edition"] == 2
+    assert "edition" not in computed_as({"cache": "steps:0"}, look_up("shapes-t2v"))
+
+
+def test_a_look_ahead_counts_degraded_films_as_missing(monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        runs_out_once(patch)
+        batch(asked(2), "films", devices="cpu", precision="fp32")
+    for more, says in (([], "2 there already"), (["--redo-degraded"], "clips")):
+        assert cli.main(["batch", written(asked(2)), "--out", "films", "--precision", "fp32", "--check", *more]) == 0
+        assert ("2 there already" in capsys.readouterr().out) is not bool(more)
+
+
+def test_all_mistakes_of_a_line_are_said_at_once():
+    with pytest.raises(Faults) as err:
+        read([{"prompt": "  ", "steps": 8, "num_frames": 16, "height": 50, "guidance": 6, "seed": -1, "name": "../x", "num_videos_per_prompt": 0}, {"prompt": RED}, {"prompt": RED, "frames": 9}])
+    said = [what for where, what in err.value.lines if where == "request 1"]
+    for word in ("the word here is num_inference_steps", "prompt is empty", "num_frames=16", "height=50", "the number is guidance_scale", "seed -1", "is not a key", "num_videos_per_prompt=0"):
+        assert sum(word in s for s in said) == 1, word
+    assert len(said) == 8 and "2 of 3 requests" in str(err.value) and "the word here is num_frames" in str(err.value)
+
+
+def test_the_help_shows_a_line_and_its_keys(capsys):
+    from vidgen.generate.requests import KEYS
+
+    assert cli.main(["batch", "--help"]) == 0
+    said = re.sub(r"[\s│]+", " ", capsys.readouterr().out)
+    assert '{"prompt": "a red circle"' in said and all(f" {key}" in said for key in KEYS)
+
+
+def test_an_adapter_holds_for_the_whole_batch(tmp_path):
+    import torch
+    from safetensors.torch import save_file
+
+    for seed, name in enumerate(("fox", "hen")):
+        torch.manual_seed(seed)
+        save_file({f"transformer.transformer_blocks.0.attn1.to_q.lora_{x}.weight": torch.randn(*size) for x, size in {"A": (2, 128), "B": (128, 2)}.items()}, f"{name}.safetensors")
+    keys = [read(asked(1), lora=lora)[0].key for lora in ([], ["fox.safetensors"], ["fox.safetensors:0.5"], ["hen.safetensors"])]
+    assert len(set(keys)) == 4 and keys[0] == read(asked(1))[0].key
+    with pytest.raises(FileNotFoundError, match="gone.safetensors"):
+        batch(asked(1), "films", lora=["gone.safetensors"])
+    with pytest.raises(ValueError, match="a list of files"):
+        batch(asked(1), "films", lora="fox.safetensors")
+    assert cli.main(["batch", written(asked(2)), "--out", "films", "--no-run", "--devices", "cpu", "--lora", "fox.safetensors:0.5"]) == 0
+    assert Clip.open("films/clip-0.mp4").made["adapters"]["fox"]["scale"] == 0.5

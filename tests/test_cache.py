@@ -7,9 +7,11 @@ import pytest
 import torch
 
 import vidgen
+from vidgen.errors import CorruptWeights
 from vidgen.generate import baseline, cache, steps
 from vidgen.generate.guidance import schedule
 from vidgen.models.family import FAMILIES, family, stock
+from vidgen.models.registry import find
 
 MODELS = {"cogvideox": "cogvideox-5b", "wan": "wan2.1-t2v-1.3b", "ltx": None, "hunyuan": None, "cosmos": None}
 
@@ -229,3 +231,33 @@ def test_a_clip_says_which_steps_were_computed(tmp_path):
     assert clip.made["computed_steps"] == "0-2,5" and "computed_steps" not in gen.generate("a red circle", num_inference_steps=2)[0].made
     path = clip.save(tmp_path / "clip.mp4")
     assert json.loads(json.dumps(vidgen.Clip.open(path).made))["computed_steps"] == "0-2,5"
+
+
+def test_a_clip_records_the_cache_and_the_gate_it_was_made_with():
+    gen, ask = vidgen.load("shapes-t2v", cache="steps:0-3"), dict(prompt="a red circle moving right on a white background", num_inference_steps=6, num_frames=9)
+    own, plans = (gen.generate(**ask, **how)[0].made["plan"] for how in ({"cache": "steps:0-4", "gate": 0.5}, {}))
+    assert (own["cache"], own["gate"]) == ("steps:0-4", 0.5) and (plans["cache"], plans["gate"]) == ("steps:0-3", 1.0)
+    assert gen.generate(**ask, cache="")[0].made["plan"]["cache"] == "" and gen.plan.cache == "steps:0-3"
+
+
+@pytest.mark.parametrize("model, usual", [("shapes-t2v", {50: 14, 25: 7, 12: 7, 8: 6}), ("shapes-i2v", {50: 9, 25: 4, 12: 4, 8: 4})])
+def test_a_short_run_is_not_thinned_to_nothing(model, usual):
+    folder, parts = find(model), tiny("cogvideox")
+    for count, computed in usual.items():
+        memory = cache.memory_for("auto", parts, model, parts.family.sampler(parts, count, []).timesteps, steps.measured(folder))
+        assert sum(memory.chosen) == computed and memory.chosen[0], count
+
+
+def test_a_run_that_computes_too_little_says_so():
+    gen, ask = vidgen.load("shapes-t2v"), dict(prompt="a red circle moving right on a white background", num_inference_steps=8, num_frames=17)
+    with pytest.warns(UserWarning, match="only 2 of 8 steps were computed"):
+        thin = gen.generate(**ask, cache="steps:0,7")[0]
+    assert len(thin.made["warnings"]) == 1 and gen.generate(**ask, cache="auto")[0].made["warnings"] == []
+
+
+@pytest.mark.parametrize("text, says", [("{", "not valid JSON"), ("[]", "JSON object"), ('{"usual": "measured", "steps": {"of": 50}}', "computed")])
+def test_a_broken_file_of_what_was_measured_is_named(tmp_path, text, says):
+    (tmp_path / steps.FILE).write_text(text)
+    with pytest.raises(CorruptWeights, match=says) as err:
+        steps.measured(tmp_path)
+    assert steps.FILE in str(err.value)

@@ -17,6 +17,7 @@ from vidgen.generate import fast
 from vidgen.models import attention
 from vidgen.models.convolution import by_frames, conv3d
 from vidgen.models.family import FAMILIES, family, load_parts, save_parts
+from vidgen.models.registry import find
 
 
 def ask(parts, z, txt, t=500):
@@ -309,3 +310,48 @@ def test_load_refuses_at_once(wrong, says):
 def test_the_plan_auto_is_carried_out():
     gen = vidgen.load("shapes-t2v", plan="auto")
     assert gen.plan.memory and gen.plan.seconds and gen.generate("a red circle", num_inference_steps=1)
+
+
+def test_a_fused_adapter_follows_to_weights_in_eight_bits(tmp_path):
+    "The ladder of memory that runs out comes to fp8 storage: there the adapter stays attached, where it would be rounded away in the weights."
+    from safetensors.torch import save_file
+
+    from vidgen.generate import adapters
+
+    gen, ask = vidgen.load("shapes-t2v"), dict(prompt="a red circle moving right on a white background", num_inference_steps=2, num_frames=9)
+    torch.manual_seed(0)
+    layers = {n: m for n, m in gen.parts.transformer.named_modules() if n.endswith((".to_q", ".to_v"))}
+    save_file({f"transformer.{n}.lora_{x}.weight": 0.05 * torch.randn(*((2, m.in_features) if x == "A" else (m.out_features, 2))) for n, m in layers.items() for x in "AB"}, tmp_path / "fox.safetensors")
+    adapters.attach(gen, tmp_path / "fox.safetensors")
+    adapters.fuse(gen)
+    before = gen.generate(**ask)[0]
+    fast.adopt(gen, replace(gen.plan, storage="fp8"))
+    small = gen.generate(**ask)[0]
+    assert before.made["adapters"]["fox"]["fused"] and "fused" not in small.made["adapters"]["fox"] and small.made["plan"]["storage"] == "fp8"
+    adapters.detach(gen)
+    assert (gen.generate(**ask)[0].frames != small.frames).any()
+
+
+def test_a_plan_for_another_model_is_refused():
+    plan, folder = vidgen.estimate("shapes-t2v"), find("shapes-t2v")
+    with pytest.raises(ValueError, match="this plan is for shapes-t2v.*estimate\\('shapes-i2v'\\)"):
+        vidgen.load("shapes-i2v", plan=plan)
+    for name, own in (("shapes-t2v", plan), ("shapes-t2v", replace(plan, model="")), (folder, vidgen.estimate(folder)), (str(folder), plan)):
+        assert vidgen.load(name, plan=own).plan == own
+
+
+def test_a_large_model_gets_the_threads_back(monkeypatch):
+    from vidgen.models import registry
+
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(registry, "_lowered", {})
+    small, large, own = replace(vidgen.estimate("shapes-t2v"), device="cpu", weight_gib=0.1), replace(vidgen.estimate("shapes-t2v"), device="cpu", weight_gib=9.0), torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        found = [(registry.set_threads(plan), torch.get_num_threads())[1] for plan in (large, small, small, large, small, large)]
+        assert found == [3, 1, 1, 3, 1, 3]
+        registry.set_threads(small)
+        torch.set_num_threads(2)   # somebody else's word
+        assert [(registry.set_threads(plan), torch.get_num_threads())[1] for plan in (large, small, large)] == [2, 1, 2]
+    finally:
+        torch.set_num_threads(own)

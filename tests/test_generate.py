@@ -348,3 +348,16 @@ def test_one_frame_is_a_picture(tmp_path):
     clip = generator().generate("a red circle", num_frames=1, num_inference_steps=2)[0]
     assert clip.num_frames == 1
     assert Image.open(clip.save(tmp_path / "one.png")).size == (96, 64)
+
+
+@pytest.mark.parametrize(("word", "right"), [("steps", "num_inference_steps"), ("frames", "num_frames"), ("cfg", "guidance_scale"), ("guidance_scal", "nearest: guidance_scale")])
+def test_a_word_that_is_no_keyword_is_told_the_right_one(word, right):
+    with pytest.raises(TypeError, match=right):
+        generator().generate("a red circle", **{word: 8})
+
+
+@pytest.mark.parametrize(("asked", "says"), [({"guidance": 6}, "the number is guidance_scale"), ({"num_inference_steps": 0}, "num_inference_steps=0"), ({"num_inference_steps": 2.5}, "num_inference_steps=2.5"),
+                                             ({"guidance_scale": float("nan")}, "guidance_scale=nan"), ({"guidance_scale": -1}, "guidance_scale=-1"), ({"guidance_scale": 0}, "guidance_scale=0")])
+def test_zero_is_a_word_and_no_default(asked, says):
+    with pytest.raises(ValueError, match=says):
+        generator().generate("a red circle", **asked)

@@ -4,6 +4,7 @@ import pickle
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 
@@ -157,6 +158,21 @@ def test_what_cannot_be_is_refused_before_anything_starts():
         parallel.run_parallel("shapes-t2v", "a", ulysses=3)
     with pytest.raises(ValueError, match="nothing to share"):
         parallel.run_parallel("shapes-t2v", "a", cfg=2, guidance_scale=1)
+
+
+def test_the_cache_and_the_gate_of_a_plan_are_looked_at_too():
+    "What a loaded generator brings along is refused like what a request asks, and so is what `auto` means."
+    from families import generator
+
+    from vidgen.generate.sequence import Split
+    from vidgen.models.family import family
+
+    gen, ask = generator(family("cogvideox").tiny()), [{"prompt": "a", "num_inference_steps": 2}]
+    for plan, split, says in (({"cache": "firstblock:0.1"}, Split(2, 1, 1), "firstblock"), ({"cache": "steps:0", "gate": 0.5}, Split(1, 1, 2), "gate below 1"), ({"cache": "steps:0", "gate": 0.0}, Split(1, 1, 2), "gate below 1")):
+        gen.plan = replace(gen.plan, **({"cache": "", "gate": 1.0} | plan))
+        with pytest.raises(ValueError, match=says):
+            parallel.check_together(parallel._as_run(gen, ask[0]), split)
+        parallel.check_together(parallel._as_run(gen, ask[0] | {"cache": "", "gate": 1.0}), split)
 
 
 @pytest.mark.slow

@@ -47,7 +47,7 @@ def test_company_changes_no_clip(kind):
     pytest.importorskip("torchao")
     parts = tiny("cogvideox")
     quantise(parts, kind, smallest=24)
-    assert company(parts) <= 1
+    assert company(parts, quantise=kind) <= 1
 
 
 @pytest.mark.parametrize(("how", "says"), [

@@ -178,12 +178,13 @@ def batch(
     redo_degraded: bool = False,             # make clips anew that an earlier call made with less than was asked
     progress: ProgressFn | None = None,      # default: a bar over the whole batch
     cancel: Cancel | None = None,
-    **how,                                   # other options of `load`
+    **how,                                   # other options of `load`; lora=["file:0.8", …], adapters for all
 ) -> Outcome:
     "Make what is missing of all requests, and the report. Errors: Faults with all that is wrong with the file, before anything is loaded; DiskFailed, Canceled."
     if at_once is not None and (isinstance(at_once, bool) or not isinstance(at_once, int) or at_once < 1):
         raise ValueError(f"at_once={at_once!r} must be a whole number from 1 up")
-    where, items, folder = workers.devices(devices), read(requests, precision=precision, **how), Path(out).expanduser()
+    where, folder = workers.devices(devices), Path(out).expanduser()
+    items = read(requests, precision=precision, device=where[0], **how)
     workers.check_devices(where)
     with locked(folder), bar("batch", disable=True if progress else None) as drawn:
         sweep(folder, items)

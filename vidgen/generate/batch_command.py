@@ -19,8 +19,8 @@ from . import gallery
 from ..runs import Run
 
 # %% ../../nbs/30_generate/392_batch_command.ipynb #d64c02cb
-def preview(items: Sequence, folder: Path) -> list[str]:
-    "Lines that say what a call would do, group by group. `items` are what `requests.read` returns."
+def preview(items: Sequence, folder: Path, redo_degraded: bool = False) -> list[str]:
+    "Lines that say what a call would do, group by group. `items` are what `requests.read` returns; with `redo_degraded` a film made with less than was asked counts as missing."
     from vidgen.generate.maker import kept
 
     groups: dict[tuple, list] = {}
@@ -28,7 +28,8 @@ def preview(items: Sequence, folder: Path) -> list[str]:
         groups.setdefault(item.group, []).append(item)
     lines = []
     for of in groups.values():
-        first, there, lacking = of[0], sum(kept(i, folder) is not None for i in of), [i for i in of if i.fault]
+        rows = [row for i in of if (row := kept(i, folder))]
+        first, there, lacking = of[0], sum(not (redo_degraded and row.get("degraded")) for row in rows), [i for i in of if i.fault]
         lines.append(f"{len(of):>5}  {first.model}: {first.num_frames} frames {first.width}x{first.height}, {first.num_inference_steps} steps, guidance {first.guidance_scale:g} {first.guidance}"
                      + (f"; {there} there already" if there else "") + (f"; {len(lacking)} can't be made here" if lacking else ""))
         lines += [f"       {i.where}: {i.fault.splitlines()[0]}" for i in lacking[:5]]
@@ -62,26 +63,29 @@ def _finish(run: Run, outcome) -> None:
 
 # %% ../../nbs/30_generate/392_batch_command.ipynb #5cc44ac2
 _HOW = "How it runs"
+_LINE = ('JSONL or a JSON list, one object for each request; - reads standard input. A line: {"prompt": "a red circle", "seed": 7, "num_inference_steps": 25}. Keys: prompt, model, image, seed, num_frames, height, width, '
+         "num_inference_steps, guidance_scale, guidance (a schedule), negative_prompt, num_videos_per_prompt, name; all but prompt may be left out.")
 
 
 def command(
-    requests: Annotated[str, typer.Argument(help="JSONL or a JSON list: one object for each request; - reads standard input.", show_default=False)],
+    requests: Annotated[str, typer.Argument(help=_LINE, show_default=False)],
     out: Annotated[str, typer.Option("--out", "-o", help="The folder of the films.", show_default=False)],
     devices: Annotated[str | None, typer.Option("--devices", "-d", help="4, cuda:0,cuda:1 or cpu:2: a process for each.", show_default="one, in this process")] = None,
     at_once: Annotated[int | None, typer.Option(help="Clips computed together.", show_default="2 on a CPU, 4 on a GPU", min=1)] = None,
     precision: Annotated[str, typer.Option(help="auto, fp32, fp16, bf16.")] = "auto",
     force: Annotated[bool, typer.Option("--force", help="Load although memory looks too small.")] = False,
     redo_degraded: Annotated[bool, typer.Option("--redo-degraded", help="Make clips anew for which memory had run out.")] = False,
-    plan: Annotated[str | None, typer.Option(help="auto: the fastest way that fits.", show_default="one device, nothing saved", rich_help_panel=_HOW)] = None,
-    cache: Annotated[str, typer.Option(help="Skip steps that change little: auto, teacache:0.1, magcache:0.12, firstblock:0.05, steps:0-4,7,…", show_default="every step", rich_help_panel=_HOW)] = "",
-    gate: Annotated[float, typer.Option(help="Share of the steps that ask for guidance; the rest reuse it.", rich_help_panel=_HOW)] = 1.0,
+    plan: Annotated[str | None, typer.Option(help="auto: the fastest way that fits; auto-lossy: with a step cache, too.", show_default="one device, nothing saved", rich_help_panel=_HOW)] = None,
+    cache: Annotated[str | None, typer.Option(help="Skip steps that change little: auto, teacache:0.1, magcache:0.12, firstblock:0.05, steps:0-4,7,…", show_default="every step", rich_help_panel=_HOW)] = None,
+    gate: Annotated[float | None, typer.Option(help="Share of the steps that ask for guidance; the rest reuse it.", show_default="1", rich_help_panel=_HOW)] = None,
     scheduler: Annotated[str, typer.Option(help="Another sampler: dpm or ddim for CogVideoX, unipc or euler for Wan.", show_default="the model's own", rich_help_panel=_HOW)] = "",
-    attention: Annotated[str, typer.Option(help="auto, sdpa, cudnn, flash, efficient, math, flash-attn, sage, xformers, …", rich_help_panel=_HOW)] = "auto",
+    attention: Annotated[str | None, typer.Option(help="auto, sdpa, cudnn, flash, efficient, math, flash-attn, sage, xformers, …", show_default="auto", rich_help_panel=_HOW)] = None,
     compile: Annotated[bool, typer.Option("--compile", help="Compile the blocks: slow to begin, then faster.", rich_help_panel=_HOW)] = False,
-    quantise: Annotated[str, typer.Option(help="int8-weight, int8-dynamic, fp8-weight, fp8-dynamic.", show_default="not", rich_help_panel=_HOW)] = "",
-    storage: Annotated[str, typer.Option(help="fp8: weights kept in 8 bits.", show_default="as computed", rich_help_panel=_HOW)] = "",
-    offload: Annotated[str, typer.Option(help="none, model, group or sequential: weights wait in the host's memory.", rich_help_panel=_HOW)] = "none",
+    quantise: Annotated[str | None, typer.Option(help="int8-weight, int8-dynamic, fp8-weight, fp8-dynamic.", show_default="not", rich_help_panel=_HOW)] = None,
+    storage: Annotated[str | None, typer.Option(help="fp8: weights kept in 8 bits.", show_default="as computed", rich_help_panel=_HOW)] = None,
+    offload: Annotated[str | None, typer.Option(help="none, model, group or sequential: weights wait in the host's memory.", show_default="none", rich_help_panel=_HOW)] = None,
     tiling: Annotated[bool, typer.Option("--tiling", help="Decode frames in tiles: less memory.", rich_help_panel=_HOW)] = False,
+    lora: Annotated[list[str] | None, typer.Option(help="An adapter, FILE or FILE:scale, for all clips; may be given several times.", show_default=False, rich_help_panel=_HOW)] = None,
     check: Annotated[bool, typer.Option("--check", help="Say what would be made, and make nothing.")] = False,
     no_run: Annotated[bool, typer.Option("--no-run", help="Keep no record under runs/.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
@@ -89,13 +93,13 @@ def command(
     "Make the clips of a file of requests, and a page of them. Exit status 1 when a clip could not be made."
     from vidgen.generate import batch as page
     from vidgen.generate.requests import read
-    from vidgen.models.plan import Plan
+    from vidgen.generate.workers import devices as places
 
     how = dict(cache=cache, gate=gate, attention=attention, compile=compile, quantise=quantise, storage=storage, offload=offload, tiling=tiling)
-    how = {k: v for k, v in how.items() if v != getattr(Plan, k)} | ({"plan": plan} if plan else {}) | ({"scheduler": scheduler} if scheduler else {})
-    items = read(requests, precision=precision, **how)
+    how = {k: v for k, v in how.items() if v is not None and v is not False} | {k: v for k, v in {"plan": plan, "scheduler": scheduler, "lora": lora}.items() if v}
+    items = read(requests, precision=precision, device=places(devices)[0], **how)
     if check:
-        print("\n".join(preview(items, Path(out).expanduser())))
+        print("\n".join(preview(items, Path(out).expanduser(), redo_degraded)))
         return int(any(i.fault for i in items))
     params = {"requests": requests, "clips": len(items), "out": out, "devices": devices, "at_once": at_once, "precision": precision, "force": force, "redo_degraded": redo_degraded} | how
     with _record(params, not no_run) as run:

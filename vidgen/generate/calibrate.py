@@ -7,6 +7,7 @@ __all__ = ['observe', 'fit', 'search', 'keep']
 
 # %% ../../nbs/30_generate/352_calibrate.ipynb #1138814a
 import json
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import numpy as np
 import torch
 
 from . import cache
-from .steps import best, written
+from .steps import FILE, best, written
 
 # %% ../../nbs/30_generate/352_calibrate.ipynb #1e9d8de9
 def observe(gen, prompts: Sequence[str], *, image=None, seed: int = 0, num_inference_steps: int | None = None, most: int = 6, progress=None) -> dict:
@@ -60,9 +61,11 @@ def search(
     counts = sorted(counts or {max(2, round(steps * share)) for share in (0.6, 0.5, 0.42, 0.34, 0.28, 0.22, 0.18)}, reverse=True)
     ask = dict(image=image, seed=seed, num_inference_steps=steps)
     tried = [{"computed": written((True,) * steps), "of": steps, "count": steps, "score": float(metric(gen.generate(list(prompts), **ask, cache="")))}]
-    for count in counts:
-        chosen = written(best(seen["costs"], count, most=seen["most"]))
-        tried.append({"computed": chosen, "of": steps, "count": count, "score": float(metric(gen.generate(list(prompts), **ask, cache=f"steps:{chosen}")))})
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="only .* steps were computed")  # how few are enough is what is searched
+        for count in counts:
+            chosen = written(best(seen["costs"], count, most=seen["most"]))
+            tried.append({"computed": chosen, "of": steps, "count": count, "score": float(metric(gen.generate(list(prompts), **ask, cache=f"steps:{chosen}")))})
     enough = [t for t in tried if t["score"] >= tried[0]["score"] - loses]
     return min(enough, key=lambda t: t["count"]), tried
 
@@ -77,6 +80,6 @@ def keep(gen, seen: dict, chosen: dict | None = None, *, folder: str | Path | No
         found |= {"teacache": bend, "teacache_r2": round(r2, 3)}
     if chosen:
         found |= {"usual": "measured", "steps": {"computed": chosen["computed"], "of": chosen["of"]}}
-    path = Path(folder or gen.folder) / cache.FILE
+    path = Path(folder or gen.folder) / FILE
     path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     return path

@@ -24,7 +24,7 @@ import typer
 from .. import settings
 from ..clip import Clip, open_image, writable
 from ..errors import Canceled, nearest, unknown
-from .steps import asked
+from .steps import asked, parse
 from ..models.family import PRECISIONS, Entry, family, read_configs
 from ..progress import Progress, bar
 from ..runs import Run
@@ -217,6 +217,14 @@ def describe(fact: dict) -> list[tuple[str, str]]:
     return rows
 
 
+def _computed(result: dict) -> str:
+    "How many of the steps a step cache has computed, and which; '' where all were."
+    if "computed_steps" not in result:
+        return ""
+    steps = result["num_inference_steps"]
+    return f"{sum(parse(result['computed_steps'], steps))} of {steps} steps: {result['computed_steps']}"
+
+
 def report(result: dict) -> str:
     "The result of a call as text: per film what it shows, then what it cost and where it is on record."
     lines = []
@@ -225,7 +233,7 @@ def report(result: dict) -> str:
     seconds = result["seconds"] | {"denoise": result["seconds"].get("denoise", 0.0)}
     per_step = seconds.pop("per_step", None)
     spent = ", ".join(f"{k} {v:.2f}" + (f" ({per_step:.3f} a step)" if k == "denoise" and per_step else "") for k, v in seconds.items())
-    lines += [f"{'model':<13}{result['model']}", f"{'plan':<13}{result['plan']}", *(f"{'computed':<13}steps {result['computed_steps']}" for _ in range("computed_steps" in result)), f"{'seconds':<13}{spent}", f"{'peak memory':<13}" + ", ".join(f"{k} {v:.2f} GiB" for k, v in result["peak_gib"].items())]
+    lines += [f"{'model':<13}{result['model']}", f"{'plan':<13}{result['plan']}", *(f"{'computed':<13}{said}" for said in [_computed(result)] if said), f"{'seconds':<13}{spent}", f"{'peak memory':<13}" + ", ".join(f"{k} {v:.2f} GiB" for k, v in result["peak_gib"].items())]
     lines += [f"{'run':<13}{result['run']}"] if result["run"] else []
     return "\n".join([*lines, *(f"note: {note}" for note in result["notes"])])
 
@@ -256,7 +264,7 @@ def _result(request: Request, gen, clip: Clip, facts: list, seconds: dict, notes
     how = f"{gen.name}, {made['num_inference_steps']} steps, guidance {made['guidance_scale']:g} {made['guidance']}, {clip.num_frames} frames {clip.width}x{clip.height} at {clip.fps:g} fps"
     result = {"prompt": request.prompt, "clips": facts, "model": how, "plan": str(gen.plan), "weights": gen.weights, "seconds": {k: round(v, 4) for k, v in seconds.items()},
               "peak_gib": {k: round(v, 3) for k, v in made["peak_gib"].items()}, "notes": notes, "run": _near(run.path) if run else None}
-    result |= {k: made[k] for k in ("computed_steps", "carried_out", "adapters") if k in made}
+    result |= {k: made[k] for k in ("num_inference_steps", "computed_steps", "carried_out", "adapters") if k in made}
     if run:
         run.add_stages({k: v for k, v in seconds.items() if k != "per_step"})
         run.record(made={k: v for k, v in made.items() if k not in ("prompt", "seed")})

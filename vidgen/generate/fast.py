@@ -190,32 +190,38 @@ def adopt(gen, plan: Plan) -> None:
     "Let a loaded `Generator` go on with another plan; loads its weights again where their place or form changes. ValueError if it came from no folder."
     changed = {name for name, value in plan.as_dict().items() if value != gen.plan.as_dict()[name]}
     if changed & {"device", "precision", "offload", "storage", "quantise", "attention", "compile"}:
-        from vidgen.models.registry import realise
-
         if gen.folder is None:
             raise ValueError(f"{gen.name} was not loaded from a folder, so it can't be loaded another way")
-        worn, gen.parts = gen.adapters, None
+        worn = gen.adapters
         try:
-            fresh = realise(gen.entry, gen.folder, plan)
+            _again(gen, plan, worn)
         except Exception:
-            gen.parts = realise(gen.entry, gen.folder, gen.plan).parts
-            _wear(gen, worn)
+            _again(gen, gen.plan, worn)
             raise
-        gen.parts, gen.done = fresh.parts, fresh.done
-        gen.texts.clear()
-        _wear(gen, worn)
     elif plan.tiling != gen.plan.tiling:
         (tile if plan.tiling else untile)(gen.parts)
         gen.done = tuple(d for d in gen.done if d != TILES) + (TILES,) * plan.tiling
     gen.plan = plan
 
 
+def _again(gen, plan: Plan, worn: dict) -> None:
+    "The components of a generator loaded anew, with the adapters it wore; those it had go first."
+    from vidgen.models.registry import realise
+
+    gen.parts = None
+    fresh = realise(gen.entry, gen.folder, plan)
+    gen.parts, gen.done = fresh.parts, fresh.done
+    gen.texts.clear()
+    _wear(gen, worn)
+
+
 def _wear(gen, adapters: dict) -> None:
-    "Attach these adapters to components that were loaded anew."
+    "Attach these adapters to components that were loaded anew; what was fused is fused again, except into weights in FP8, where it stays attached."
     from vidgen.generate.adapters import attach, fuse
+    from vidgen.generate.quantised import stored_layers
 
     gen.adapters = {}
     for name, adapter in adapters.items():
         attach(gen, adapter["path"], name=name, scale=adapter["scale"])
-    if any(a.get("fused") for a in adapters.values()):
+    if any(a.get("fused") for a in adapters.values()) and not stored_layers(gen.parts.transformer):
         fuse(gen)

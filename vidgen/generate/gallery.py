@@ -18,7 +18,7 @@ from ..store import atomic_write
 
 # %% ../../nbs/30_generate/3910_gallery.ipynb #bdec4563
 COLUMNS = ("where", "name", "file", "status", "prompt", "negative_prompt", "model", "image", "seed", "num_frames", "height", "width", "fps", "num_inference_steps", "guidance_scale",
-           "guidance", "seconds", "plan", "degraded", "stability", "verdict", "dynamic_degree", "as_asked", "wrong", "seen", "error", "notes", "hash", "key")
+           "guidance", "seconds", "plan", "computed_steps", "degraded", "stability", "verdict", "dynamic_degree", "as_asked", "wrong", "seen", "error", "notes", "hash", "key")
 STATES = ("made", "kept", "failed", "waiting")
 
 

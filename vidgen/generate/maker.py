@@ -14,6 +14,7 @@ from pathlib import Path
 
 from ..clip import Clip
 from ..errors import Canceled, CorruptWeights, DoesNotFit
+from . import adapters
 from .command import measure
 from .generator import free
 from .requests import Chunk, Item
@@ -95,7 +96,8 @@ class Maker:
     "Makes clips on one device, one model loaded at a time. `loads` counts the models it loaded."
 
     def __init__(self, device: str = "auto", **load):
-        self.device, self.how = device, load   # precision, force and what else `load` takes
+        self.device, self.lora = device, list(load.pop("lora", None) or ())
+        self.how = load   # precision, force and what else `load` takes
         self.gen, self.name, self.refused, self.loads, self.asked = None, "", {}, 0, {}
 
     def model(self, name: str, progress: ProgressFn | None = None):
@@ -110,8 +112,10 @@ class Maker:
                 progress(Progress("load", 0, 0, note=name))
             try:
                 self.gen, self.loads = registry.load(name, device=self.device, **self.how), self.loads + 1
+                for path, scale in map(adapters.spelled, self.lora):
+                    adapters.attach(self.gen, path, scale=scale)
             except Exception as err:
-                self.refused[name] = reason(err)
+                self.gen, self.refused[name] = None, reason(err)
                 raise
             self.name, self.asked = name, self.gen.plan.as_dict()
         return self.gen
@@ -127,14 +131,15 @@ class Maker:
             return [failed(item, why) for item in chunk]
         world = (self.gen.folder / "vidgen.json").is_file()
         try:
-            return [keep(clip, item, folder, world=world, seconds=round(spent / len(chunk), 4), **self._said(clip)) for clip, item in zip(clips, chunk, strict=True)]
+            return [keep(clip, item, folder, world=world, seconds=round(spent / len(chunk), 4), **self._said(clip, item)) for clip, item in zip(clips, chunk, strict=True)]
         except OSError as err:
             raise DiskFailed(err.errno, f"{err.strerror or err}; what was made is kept, the same call goes on from there", err.filename or str(folder)) from err
 
-    def _said(self, clip: Clip) -> dict:
-        "The plan that carried out a clip, and what of it is less than was asked."
+    def _said(self, clip: Clip, item: Item) -> dict:
+        "The plan that carried out a clip, what of it is less than was asked, and the steps that were computed where not all were."
         plan = clip.made["plan"]
-        return {"plan": carried(plan), "degraded": degraded(plan, self.asked)}
+        asked = self.asked | dict(item.meant) | {k: v for k, v in _asked((item,)).items() if k in HOW}
+        return {"plan": carried(plan), "degraded": degraded(plan, asked)} | {k: clip.made[k] for k in ("computed_steps",) if k in clip.made}
 
     def _clips(self, chunk: Chunk, progress: ProgressFn | None, cancel: Cancel | None) -> tuple[list[Clip], float, str]:
         "(clips, seconds, why not): the error itself goes, and with it the tensors that its frames hold."

@@ -240,11 +240,20 @@ def _over(progress: ProgressFn, i: int, count: int) -> ProgressFn:
 
 def check_together(request: dict, split: Split) -> None:
     "ValueError for what processes could decide differently, or remember of another half."
-    cache = request.get("cache") or ""
+    cache, gate = request.get("cache") or "", request.get("gate")
     if cache.startswith("firstblock") and split.processes > 1:
         raise ValueError("cache='firstblock:…' decides by what each process sees, and processes see different tokens: use a choice made before the run, as teacache, magcache or steps")
-    if cache and split.cfg > 1 and (request.get("gate") or 1.0) < 1:
+    if cache and split.cfg > 1 and gate is not None and gate < 1:
         raise ValueError("gate below 1 with a step cache and cfg=2: after the gate the first process would go on with what it remembers of the other answer; leave one of the three out")
+
+
+def _as_run(gen, request: dict) -> dict:
+    "A request with the step cache and the gate that it will run with: its own, else the plan's, and of `auto` what it means."
+    from vidgen.generate.steps import meant, measured
+
+    cache, gate = (getattr(gen.plan, k) if request.get(k) is None else request[k] for k in ("cache", "gate"))
+    own = measured(gen.folder, gen.weights) if cache == "auto" else {}
+    return request | {"cache": meant(cache, own, gen.parts.family.caching.usual.get(gen.name, "")), "gate": gate}
 
 
 def work(asked: dict, world: World) -> list[Clip]:
@@ -302,7 +311,7 @@ def make(
     clips = []
     with split(gen.parts, mesh, tiling=tiling):
         for i, asked in enumerate(requests):
-            check_together(asked, mesh.split)
+            check_together(_as_run(gen, asked), mesh.split)
             before = mesh.sent
             (clip,) = gen.generate(**asked, progress=_over(progress, i, len(requests)) if mesh.first else _silent)
             how = {"split": asdict(mesh.split), "tiling": tiling, "sent_bytes": mesh.sent - before}
@@ -349,12 +358,10 @@ def heads_of(model: str) -> int:
 # %% ../../nbs/30_generate/38_parallel.ipynb #0d816496
 def requests_for(prompt, image, seed, copies: int, options: dict) -> list[dict]:
     "Keywords of `generate` for each clip. ValueError with the nearest name for an option it does not have."
-    import inspect
-
     from vidgen import settings
     from vidgen.generate import generator
 
-    names = set(inspect.signature(generator.Generator.generate).parameters) - {"self", "prompt", "image", "seed", "progress", "cancel", "callback", "num_videos_per_prompt"}
+    names = set(generator.keywords()) - {"prompt", "image", "seed", "progress", "cancel", "callback", "num_videos_per_prompt"}
     if wrong := [k for k in options if k not in names]:
         raise unknown("option", wrong[0], sorted(names))
     prompts = generator.prompt_list(prompt, copies)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SMALLEST', 'KINDS', 'why_left', 'choose', 'tensor_bytes', 'weight_bytes', 'quantised_layers', 'check_kind', 'Report',
-           'quantise', 'store_fp8']
+           'quantise', 'store_fp8', 'stored_layers']
 
 # %% ../../nbs/30_generate/36_quantised.ipynb #78cbac03
 from collections import Counter
@@ -147,18 +147,21 @@ def store_fp8(
 
     compute, layers, of, before, after = dtype(precision or parts.precision), 0, 0, 0, 0
     modules = [_component(parts, name) for name in components]
-    if any(_stored(module) for module in modules):
+    if any(map(stored_layers, modules)):
         raise ValueError("weights are stored in FP8 already: load the model again")
     for module in modules:
         before += weight_bytes(module)
         left_out = tuple(getattr(module, "_skip_layerwise_casting_patterns", None) or ()) + ("pos_embed", "patch_embed", "norm", "shared", "^proj_in$", "^proj_out$")
         apply_layerwise_casting(module, torch.float8_e4m3fn, compute, skip_modules_pattern=left_out, non_blocking=True)
-        after, layers = after + weight_bytes(module), layers + len(_stored(module))
+        stored = stored_layers(module)
+        for name in stored:
+            module.get_submodule(name).compute_dtype = compute  # in which peft makes an adapter of the layer
+        after, layers = after + weight_bytes(module), layers + len(stored)
         of += sum(isinstance(layer, (torch.nn.Linear, torch.nn.Conv2d, torch.nn.Conv3d)) for layer in module.modules())
     return Report("fp8 storage", layers, of, {"norm, embedding or outer layer": of - layers} if of > layers else {}, before, after)
 
 
-def _stored(module) -> list[str]:
+def stored_layers(module) -> list[str]:
     "Names of the layers that hold their weight in FP8."
     import torch
 

@@ -225,12 +225,23 @@ def plan_for(entry: Entry, folder: Path, *, device: str, precision: str, force: 
     return plans.make(entry.name, values, clip, device=device, precision=precision, force=force)
 
 
-def set_threads(plan) -> None:
-    "One thread (settings: train.threads) for small models on a CPU; large ones and a user's own OMP_NUM_THREADS are left alone."
-    if plan.device == "cpu" and plan.weight_gib < 0.5 and "OMP_NUM_THREADS" not in os.environ:
-        import torch
+_lowered: dict[str, int] = {}  # threads of this process `before` a small model was loaded, and what they were set `to`
 
-        torch.set_num_threads(settings.get().train.threads)
+
+def set_threads(plan) -> None:
+    "One thread (settings: train.threads) for small models on a CPU; a large one gets back what the process had. A number that somebody else sets meanwhile, and a user's own OMP_NUM_THREADS, are left alone."
+    if plan.device != "cpu" or "OMP_NUM_THREADS" in os.environ:
+        return
+    import torch
+
+    now = torch.get_num_threads()
+    if plan.weight_gib < 0.5:
+        if now != _lowered.get("to"):
+            _lowered.update(before=now, to=settings.get().train.threads)
+        torch.set_num_threads(_lowered["to"])
+    elif _lowered and now == _lowered["to"]:
+        torch.set_num_threads(_lowered["before"])
+        _lowered.clear()
 
 # %% ../../nbs/20_models/24_registry.ipynb #1246582f
 def load(
@@ -264,6 +275,8 @@ def load(
                 raise ValueError(f"{word}={value!r} contradicts the plan, which says {getattr(plan, word)}: change the plan, or leave {word} out")
         if plan.task != "generate":
             raise ValueError(f"this plan is for {plan.task} training; a plan to generate is what vidgen.estimate({entry.name!r}) returns")
+        if plan.model not in ("", entry.name):
+            raise ValueError(f"this plan is for {plan.model}, and its memory was counted for that model; for {entry.name}: vidgen.estimate({entry.name!r})")
     if not isinstance(plan, plans.Plan):
         device = plans.pick_device(own.device if device == "auto" else device)
         precision = next((p for p in (precision, own.precision) if p != "auto"), "auto" if plan in plans.AUTO else entry.precision)
