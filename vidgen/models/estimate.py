@@ -408,7 +408,7 @@ def ladder(
 
 def _usual(model, entry: Entry, parts) -> str:
     "The step cache that was measured or published for a model, '' if none was."
-    from vidgen.generate.cache import measured
+    from vidgen.generate.steps import measured
     from vidgen.models.published import known
 
     return measured(known(model)[1]).get("usual") or parts.family.caching.usual.get(entry.name, "")
