@@ -116,7 +116,7 @@ def picture(seed: int = 0, kind: str = "PNG", size: tuple[int, int] = (96, 64)) 
     return out.getvalue()
 
 # %% ../../nbs/40_data/422_lookalike.ipynb #de78f110
-_NOUNS = "dog kettle violin harbour lantern tractor ballerina glacier baker octopus bicycle lighthouse parrot surfer chef".split()
+_NOUNS = "dog kettle violin harbour lantern tractor ballerina glacier baker penguin bicycle lighthouse parrot surfer chef".split()
 _DOING = "spins jumps melts glides waves sinks opens turns rolls hums shakes floats falls burns sleeps".split()
 _PLACES = "kitchen desert station meadow rooftop library canyon studio market tunnel garden stadium attic bridge forest".split()
 _HOW = "slowly quickly twice alone quietly again upside sideways together early late calmly wildly first last".split()

@@ -335,10 +335,10 @@ def picture_suffix(data: bytes) -> str:
     return next((suffix for start, suffix in _KINDS if data.startswith(start)), "")
 
 
-def size_of(cell: str) -> tuple[int, int] | None:
+def size_of(cell: str) -> list[int] | None:
     "Width and height from `(300, 250)` or `300x250`; None for other texts."
     numbers = re.findall(r"\d+", str(cell or ""))
-    return (int(numbers[0]), int(numbers[1])) if len(numbers) == 2 else None
+    return [int(n) for n in numbers] if len(numbers) == 2 else None
 
 
 def adimagenet(root: Path | str, work: Path | None = None) -> Iterator[Row]:
