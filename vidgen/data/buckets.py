@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PROPORTIONS', 'ENLARGED', 'Bucket', 'lengths', 'usual', 'checked', 'known', 'on_disk', 'available', 'Place', 'place',
-           'sort', 'excuse', 'frames', 'first_picture']
+           'sort', 'excuse', 'frames']
 
 # %% ../../nbs/40_data/45_buckets.ipynb #9da7458c
 import math
@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..clip import Clip, open_image
+from ..clip import Clip
 from .manifest import Manifest, Sample
 from .video import BadVideo, Media, fitted, picked, probe, read
 from ..progress import Progress, ProgressFn
@@ -185,10 +185,3 @@ def frames(sample: Sample, at: Place) -> np.ndarray:
     if len(made) < b.frames:
         raise BadVideo("too short", "clip", f"it gives {len(made)} frames, its bucket takes {b.frames}")
     return np.stack([fitted(f, (b.height, b.width)) for f in made])
-
-
-def first_picture(sample: Sample, frames_THWC: np.ndarray) -> np.ndarray:
-    "The frame (H, W, 3) that a clip of this sample begins with: the picture it names, or the first of its frames. Errors: ValueError naming the picture."
-    if sample.image is None:
-        return frames_THWC[0]
-    return fitted(np.asarray(open_image(Path(sample.image))), frames_THWC.shape[1:3])
