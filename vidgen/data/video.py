@@ -27,6 +27,7 @@ FAULTS = {
     "truncated": "the end is missing",
     "damaged": "frames that can't be decoded",
     "too short": "fewer frames than were asked for",
+    "too small": "fewer pixels than were asked for",
 }
 
 
