@@ -396,7 +396,7 @@ def test_conditions():
     assert condition("words<3")(Sample("a", "two words")) and not condition("words<2")(Sample("a", "two words"))
 
 
-@pytest.mark.parametrize("name", ["world", *SETS])
+@pytest.mark.parametrize("name", [pytest.param("world", marks=pytest.mark.slow), *SETS])
 def test_a_thousand_samples(tmp_path, name):
     made = lookalike(name, tmp_path / name, 1000) if name != "world" else None
     built = build(name, tmp_path / name if made else "1000", tmp_path / "set", depth=1)

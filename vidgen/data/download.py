@@ -170,7 +170,7 @@ def fetch(
     "Fetch a file, whole or not at all; called again it goes on. Errors: Refused, FileNotFoundError, OSError; ValueError for a wrong checksum from every mirror."
     path, urls = Path(path), [urls] if isinstance(urls, str) else list(urls)
     if path.is_file():
-        if not (wrong := _right(path, sha256, size)):
+        if not _right(path, sha256, size):
             return path
         path.unlink()  # not what is wanted: fetch it again
     path.parent.mkdir(parents=True, exist_ok=True)

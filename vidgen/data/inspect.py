@@ -6,7 +6,6 @@
 __all__ = ['SHARES', 'spread', 'counted', 'captions', 'Summary', 'seen', 'inspect']
 
 # %% ../../nbs/40_data/441_inspect.ipynb #b9d56bc4
-import json
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field

@@ -105,6 +105,7 @@ def sound_only() -> bytes:
         return Path(folder, "film.mp4").read_bytes()
 
 
+@lru_cache(maxsize=64)
 def picture(seed: int = 0, kind: str = "PNG", size: tuple[int, int] = (96, 64)) -> bytes:
     "The first frame of a film as the bytes of a picture."
     from PIL import Image
@@ -321,7 +322,7 @@ def _adimagenet(made: Lookalike, n: int) -> None:
     sizes, rows = ((300, 250), (728, 90), (160, 600), (320, 50)), []
     for i in range(n):
         size = sizes[i % 4]
-        made.put(f"images/ad_{i}.png", picture(i, size=size) + str(i).encode())
+        made.put(f"images/ad_{i}.png", picture(i % 8, size=size) + str(i).encode())
         rows.append((f"images/ad_{i}.png", sentence(i), str(size)))
     rows += [(rows[0][0], text, rows[0][2]) for text in variants(sentence(0)).values()]
     for name, data, kind in (("jpeg.png", picture(1, "JPEG"), "a JPEG called .png"), ("half.png", picture(2, size=(300, 250))[:400], "cut short"), ("none.png", b"", "empty")):
