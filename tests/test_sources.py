@@ -249,7 +249,7 @@ def test_panda_windows_marks_and_no_evaluation(tmp_path):
     assert [s.caption for s in whole] == ["a clip of a whole film that's there", "\"it's\" the second"] and whole[1].facts["start"] == 0.25
     everything = list(rows_of("panda70m", tmp_path, desirable=False, shots=0))
     assert {r.reason for r in rows} - {r.reason for r in everything} == {"not desirable", "several shots"}
-    for bad in ("__import__('os').getcwd()", "[1", "{'a': 1}", "[" * 5000):
+    for bad in ("__import__('os').getcwd()", "[__import__('os').getcwd()]", "[1", "{'a': 1}", "[" * 5000):
         with pytest.raises(ValueError, match="list"):
             published.literal(bad)
 
@@ -422,6 +422,19 @@ def test_a_sheet_of_broken_films_says_so(tmp_path):
     (tmp_path / "m.jsonl").write_text('{"video_path": "gone.mp4", "prompt": "x"}\n')
     with pytest.raises(ValueError, match="vidgen data build"):
         inspect(tmp_path / "m.jsonl").sheet()
+
+
+def test_films_in_archives_are_hinted_at(tmp_path):
+    (tmp_path / "v").mkdir()
+    (tmp_path / "v/VidProM_unique.csv").write_text("uuid,prompt,time\nu1,a fox,now\n")
+    with tarfile.open(tmp_path / "v/pika_videos_1.tar", "w") as tar:
+        info = tarfile.TarInfo("pika_videos/pika-u1.mp4")
+        info.size = len(film())
+        tar.addfile(info, io.BytesIO(film()))
+    with pytest.raises(ValueError, match="vidgen data unpack"):
+        build("vidprom", tmp_path / "v", tmp_path / "set")
+    assert main(["data", "unpack", str(tmp_path / "v")]) == 0
+    assert build("vidprom", tmp_path / "v", tmp_path / "set").manifest[0].caption == "a fox"
 
 
 # rows that are none
@@ -650,6 +663,10 @@ def test_halves_are_joined_and_unpacked(tmp_path, capsys):
     assert main(["data", "unpack", str(tmp_path / "o")]) == 0 and "1 films" in capsys.readouterr().out
     assert Clip.open(tmp_path / "o/unpacked/OpenVid_part102/celeb_split_0to9.mp4").num_frames == 9
     (tmp_path / "o/OpenVid_part102.zip").unlink()
+    (tmp_path / "o/OpenVid_part102_partad").write_bytes(b"the fourth")
+    with pytest.raises(ValueError, match="partac is missing"):
+        net.join(tmp_path / "o")
+    (tmp_path / "o/OpenVid_part102_partad").unlink()
     (tmp_path / "o/OpenVid_part102_partab").unlink()
     with pytest.raises(ValueError, match="the last part is missing"):
         net.join(tmp_path / "o")

@@ -21,6 +21,7 @@ from pathlib import Path
 
 import numpy as np
 
+from .download import ARCHIVES
 from .manifest import Manifest, Sample, content, read_manifest, write_table
 from .sources import SOURCES, Row, rows_of
 from .video import BadVideo, check
@@ -303,7 +304,9 @@ def _write(folder: Path, suffix: str, rows: list[Row], request: dict) -> Built:
     lines = ({"where": r.where, "reason": r.reason, "detail": r.detail} for r in dropped)
     atomic_write(folder / "dropped.jsonl", "".join(json.dumps(d, ensure_ascii=False) + "\n" for d in lines))
     if not samples:
-        raise ValueError(f"none of {len(rows)} rows is left: {', '.join(f'{n} {r}' for r, n in counts.items()) or 'the source is empty'}; each is listed in {folder / 'dropped.jsonl'}")
+        packed = counts.get("no such film") and any(p.name.endswith(ARCHIVES) for p in Path(request["root"]).rglob("*"))
+        hint = f"; films may lie in archives: vidgen data unpack {request['root']}" if packed else ""
+        raise ValueError(f"none of {len(rows)} rows is left: {', '.join(f'{n} {r}' for r, n in counts.items()) or 'the source is empty'}; each is listed in {folder / 'dropped.jsonl'}{hint}")
     for old in folder.glob("manifest.*"):
         if old.suffix != suffix:
             old.unlink()
