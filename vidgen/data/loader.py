@@ -169,6 +169,12 @@ class _Feed:
             raise ValueError(f"these batches are not those of the interrupted run ({'; '.join(other)}): give it the same data, seed and batch * world")
         self.step = state["step"]
 
+    def forget(self) -> None:
+        "Wait for what is being prepared, and drop it."
+        for found in self._pending.values():
+            found.cancel() or found.exception()
+        self._pending.clear()
+
     def close(self) -> None:
         "Prepare nothing more."
         if self._pool:
