@@ -418,7 +418,7 @@ def test_what_goes_wrong_ahead_is_said_in_time(parts, tmp_path):
     loader = Loader(store, batch=1, seed=0, prefetch=2)
     loader.batch_at(0)
     for path in tmp_path.glob("9x64x96/*"):
-        (tmp_path / "9x64x96" / list(EncodedStore(tmp_path).rows())[3]["shard"]).unlink()
+        path.unlink()
     with pytest.raises(CorruptWeights, match="missing"):
         for step in range(1, 8):
             loader.batch_at(step)

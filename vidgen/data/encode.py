@@ -28,7 +28,7 @@ import numpy as np
 
 from ..clip import Clip
 from . import buckets as bucketing
-from .buckets import Bucket, Place
+from .buckets import Place
 from .encoded import EncodedStore, Row, by_token, save_shard, shard_keys, trimmed
 from .manifest import Manifest, Sample, content
 from ..errors import CorruptWeights
