@@ -178,7 +178,9 @@ def test_killed_at_any_time_and_gone_on(parts, tmp_path):
     process.wait()
     with pytest.raises(FileNotFoundError, match="broken off, run it again"):
         EncodedStore(tmp_path / "killed")
-    (tmp_path / "killed/9x64x96/.00007-abc.part.safetensors").write_bytes(b"half")
+    whole = (tmp_path / "killed/9x64x96/00000.safetensors").read_bytes()
+    for name, data in (("7", b"half"), ("0", whole)):
+        (tmp_path / f"killed/9x64x96/.0000{name}-abc.part.safetensors").write_bytes(data)
     times = {p: p.stat().st_mtime_ns for p in tmp_path.glob("killed/9x64x96/0*.safetensors")}
     assert 3 <= len(times) < 12
     one, other = encode(clips(24), parts, tmp_path / "killed", buckets=SMALL, shard_size=2), encode(clips(24), parts, tmp_path / "whole", buckets=SMALL, shard_size=2)
