@@ -644,6 +644,25 @@ def test_a_set_of_the_hub(tmp_path, server, monkeypatch, capsys):
     assert main(["data", "download", "openvid", "--root", str(tmp_path), "--list"]) == 0 and "partaa" in capsys.readouterr().out
 
 
+def test_a_listing_of_several_pages(server, monkeypatch):
+    monkeypatch.setenv("HF_ENDPOINT", server.address)
+    answers = {"": ([{"type": "file", "path": "a b.csv", "size": 3}], f'<{server.address}/api/datasets/o/n/tree/main?cursor=x>; rel="next"'), "cursor=x": ([{"type": "file", "path": "c.zip", "size": 1, "lfs": {"oid": "ab", "size": 9}}], "")}
+
+    def answer(h):
+        entries, link = answers["cursor=x" if "cursor=x" in h.path else ""]
+        data = json.dumps(entries).encode()
+        h.send_response(200)
+        h.send_header("Content-Length", str(len(data)))
+        if link:
+            h.send_header("Link", link)
+        h.end_headers()
+        h.wfile.write(data)
+
+    monkeypatch.setattr(server, "answer", answer)
+    found = net.listing("o/n")
+    assert [(f.name, f.sha256, f.size) for f in found] == [("a b.csv", "", 3), ("c.zip", "ab", 9)] and found[0].urls[0].endswith("/datasets/o/n/resolve/main/a%20b.csv")
+
+
 def test_gated_and_handed_out_sets_say_how(tmp_path, server, monkeypatch, capsys):
     monkeypatch.setenv("HF_ENDPOINT", server.address)
     monkeypatch.delenv("HF_TOKEN", raising=False)
