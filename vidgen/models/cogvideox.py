@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['ENTRIES', 'TRANSFORMERS', 'SCHEDULERS', 'CACHING', 'FAMILY', 'transformer_config', 'tiny_text', 'tiny_vae',
            'make_scheduler', 'tiny', 'spatial', 'rules', 'describe', 'clip_bytes', 'encode_prompt', 'latent_shape',
-           'encode_clip', 'encode_image', 'decode', 'Sampler', 'sampler', 'rotary', 'extras', 'predict', 'target',
-           'training_loss', 'signal']
+           'encode_clip', 'encode_moments', 'encode_image', 'image_moments', 'decode', 'Sampler', 'sampler', 'rotary',
+           'extras', 'predict', 'target', 'training_loss', 'signal']
 
 # %% ../../nbs/20_models/23_cogvideox.ipynb #ece9b3ef
 import string
@@ -15,7 +15,7 @@ from dataclasses import replace
 from ..errors import unknown
 from .attention import joint
 from .convolution import by_frames
-from .family import Caching, Entry, Family, Parts, Rules, Text, encode_each
+from .family import Caching, Entry, Family, Parts, Rules, Text, encode_each, moments
 
 # %% ../../nbs/20_models/23_cogvideox.ipynb #ae5afe4f
 _APACHE, _COG = "Apache-2.0", "CogVideoX LICENSE"
@@ -171,6 +171,16 @@ def encode_clip(parts: Parts, x_BCFHW):
     return z.permute(0, 2, 1, 3, 4) * parts.vae.config.scaling_factor
 
 
+def encode_moments(parts: Parts, x_BCFHW):
+    "Clips in [-1, 1] -> (mean, log-variance) of their latents, [B, F, C, H, W]; version 1.5 fills up a pair with copies of the first latent frame."
+    import torch
+
+    with by_frames(parts.vae):
+        found = moments(parts.vae.encode(x_BCFHW.to(parts.device, parts.dtype)).latent_dist, parts.vae.config.scaling_factor)
+    more = -found[0].shape[1] % (parts.transformer.config.patch_size_t or 1)
+    return tuple(torch.cat([v[:, :1].repeat(1, more, 1, 1, 1), v], dim=1) if more else v for v in found)
+
+
 def encode_image(parts: Parts, x_BCHW, generators: list, num_frames: int = 1):
     "First frames in [-1, 1] -> z [B, 1, C, H, W]: one draw from each posterior by the clip's own generator, scaled as in training."
     import torch
@@ -179,6 +189,14 @@ def encode_image(parts: Parts, x_BCHW, generators: list, num_frames: int = 1):
     x = x_BCHW.unsqueeze(2).to(parts.device, parts.dtype)
     z = torch.cat([parts.vae.encode(x[i : i + 1]).latent_dist.sample(g) for i, g in enumerate(generators)])
     return z.permute(0, 2, 1, 3, 4) * (1 / scale if parts.vae.config.invert_scale_latents else scale)
+
+
+def image_moments(parts: Parts, x_BCHW, num_frames: int) -> dict:
+    "First frames in [-1, 1] -> (mean, log-variance) of what `encode_image` draws from."
+    scale = parts.vae.config.scaling_factor
+    with by_frames(parts.vae):
+        posterior = parts.vae.encode(x_BCHW.unsqueeze(2).to(parts.device, parts.dtype)).latent_dist
+    return {"": moments(posterior, 1 / scale if parts.vae.config.invert_scale_latents else scale)}
 
 
 def decode(parts: Parts, z_BFCHW, num_frames: int):
@@ -303,5 +321,5 @@ CACHING = Caching(blocks=("transformer_blocks",), signal=signal, teacache={
 FAMILY = Family(
     name="cogvideox", pipelines={"CogVideoXPipeline": "t2v", "CogVideoXImageToVideoPipeline": "i2v"}, entries=ENTRIES,
     tiny=tiny, describe=describe, rules=rules, clip_bytes=clip_bytes, encode_prompt=encode_prompt, encode_image=encode_image, encode_clip=encode_clip,
-    decode=decode, latent_shape=latent_shape, sampler=sampler, make_scheduler=make_scheduler, extras=extras, predict=predict, target=target, training_loss=training_loss,
+    encode_moments=encode_moments, image_moments=image_moments, decode=decode, latent_shape=latent_shape, sampler=sampler, make_scheduler=make_scheduler, extras=extras, predict=predict, target=target, training_loss=training_loss,
     adapter_targets=("attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0"), caching=CACHING, attention=joint)

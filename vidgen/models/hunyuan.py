@@ -6,7 +6,7 @@
 __all__ = ['ENTRIES', 'TRANSFORMERS', 'LENGTH', 'SCHEDULERS', 'FAMILY', 'transformer_config', 'request', 'tiny_llama_tokenizer',
            'tiny_reader', 'tiny_clip', 'tiny_vae', 'make_scheduler', 'tiny', 'unshown', 'rules', 'describe',
            'clip_bytes', 'counted', 'read', 'read_beside', 'encode_prompt', 'latent_shape', 'encode_clip',
-           'encode_image', 'noise', 'decode', 'sampler', 'guidance', 'extras', 'predict']
+           'encode_moments', 'encode_image', 'noise', 'decode', 'sampler', 'guidance', 'extras', 'predict']
 
 # %% ../../nbs/20_models/27_hunyuan.ipynb #2cedfca8
 import re
@@ -14,7 +14,7 @@ import string
 from dataclasses import replace
 
 from ..errors import unknown
-from .family import Caching, Entry, Family, Parts, Rules, Text, draw, pictures
+from .family import Caching, Entry, Family, Parts, Rules, Text, draw, moments, pictures
 from .rectified import Sampler, check_steps, still, target, training_loss
 
 # %% ../../nbs/20_models/27_hunyuan.ipynb #b155b128
@@ -233,6 +233,11 @@ def encode_clip(parts: Parts, x_BCFHW):
     return parts.vae.encode(x_BCFHW.to(parts.device, parts.vae.dtype)).latent_dist.mode().float().transpose(1, 2) * parts.vae.config.scaling_factor
 
 
+def encode_moments(parts: Parts, x_BCFHW):
+    "Clips in [-1, 1] -> (mean, log-variance) of their latents, [B, F, C, H, W], scaled for the transformer, float32."
+    return tuple(v.float() for v in moments(parts.vae.encode(x_BCFHW.to(parts.device, parts.vae.dtype)).latent_dist, parts.vae.config.scaling_factor))
+
+
 def encode_image(parts: Parts, x_BCHW, generators: list, num_frames: int) -> dict:
     "First frames in [-1, 1] -> their latents, `known_B1CHW` where they take the place of the first frame, else `shown_B1CHW`. Nothing is drawn."
     return {"shown_B1CHW" if unshown(parts.configs) else "known_B1CHW": encode_clip(parts, x_BCHW.unsqueeze(2))}
@@ -295,7 +300,7 @@ def predict(parts: Parts, z_BFCHW, timestep, txt: dict, extras: dict):
 FAMILY = Family(
     name="hunyuan", pipelines={"HunyuanVideoPipeline": "t2v", "HunyuanVideoImageToVideoPipeline": "i2v"}, entries=ENTRIES,
     tiny=tiny, describe=describe, rules=rules, clip_bytes=clip_bytes, encode_prompt=encode_prompt, encode_image=encode_image, encode_clip=encode_clip,
-    decode=decode, latent_shape=latent_shape, sampler=sampler, make_scheduler=make_scheduler, extras=extras, predict=predict, target=target, training_loss=training_loss,
+    encode_moments=encode_moments, decode=decode, latent_shape=latent_shape, sampler=sampler, make_scheduler=make_scheduler, extras=extras, predict=predict, target=target, training_loss=training_loss,
     adapter_targets=("attn.to_q", "attn.to_k", "attn.to_v", "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_out.0", "attn.to_add_out"),
     noise=noise, guidance=guidance,
     caching=Caching(blocks=("transformer_blocks", "single_transformer_blocks"), usual={e.name: "firstblock:0.06" for e in ENTRIES}))

@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['FPS', 'ENTRIES', 'TRANSFORMERS', 'SCHEDULERS', 'LENGTH', 'FAMILY', 'transformer_config', 'tiny_vae', 'make_scheduler',
            'tiny', 'compression', 'rules', 'describe', 'clip_bytes', 'encode_prompt', 'latent_shape', 'normalised',
-           'encode_clip', 'encode_image', 'decode', 'sampler', 'extras', 'predict']
+           'encode_clip', 'encode_moments', 'image_moments', 'encode_image', 'decode', 'sampler', 'extras', 'predict']
 
 # %% ../../nbs/20_models/26_ltx.ipynb #7240aa70
 from dataclasses import replace
 
 from ..errors import unknown
 from .cogvideox import tiny_text
-from .family import Caching, Entry, Family, Parts, Rules, Text, encode_each
+from .family import Caching, Entry, Family, Parts, Rules, Text, encode_each, moments
 from .rectified import Sampler, check_steps, dynamic_mu, noise, still, target, training_loss
 
 # %% ../../nbs/20_models/26_ltx.ipynb #267fcfbe
@@ -137,6 +137,19 @@ def encode_clip(parts: Parts, x_BCFHW):
     return normalised(parts, parts.vae.encode(x_BCFHW.to(parts.device, parts.vae.dtype)).latent_dist.mode())
 
 
+def encode_moments(parts: Parts, x_BCFHW):
+    "Clips in [-1, 1] -> (mean, log-variance) of their latents, [B, F, C, H, W], scaled for the transformer, float32."
+    vae = parts.vae
+    mean, std = (v.view(1, -1, 1, 1, 1).float().to(parts.device) for v in (vae.latents_mean, vae.latents_std))
+    found = moments(vae.encode(x_BCFHW.to(parts.device, vae.dtype)).latent_dist, vae.config.scaling_factor / std, mean)
+    return tuple(v.float() for v in found)
+
+
+def image_moments(parts: Parts, x_BCHW, num_frames: int) -> dict:
+    "First frames in [-1, 1] -> (mean, log-variance) of what `encode_image` draws from."
+    return {"known_B1CHW": encode_moments(parts, x_BCHW.unsqueeze(2).to(parts.dtype))}
+
+
 def encode_image(parts: Parts, x_BCHW, generators: list, num_frames: int) -> dict:
     "First frames in [-1, 1] -> `known_B1CHW`: one draw from each posterior by the clip's own generator, scaled for the transformer."
     import torch
@@ -191,6 +204,6 @@ def predict(parts: Parts, z_BFCHW, timestep, txt: dict, extras: dict):
 FAMILY = Family(
     name="ltx", pipelines={"LTXPipeline": "t2v", "LTXImageToVideoPipeline": "i2v"}, entries=ENTRIES,
     tiny=tiny, describe=describe, rules=rules, clip_bytes=clip_bytes, encode_prompt=encode_prompt, encode_image=encode_image, encode_clip=encode_clip,
-    decode=decode, latent_shape=latent_shape, sampler=sampler, make_scheduler=make_scheduler, extras=extras, predict=predict, target=target, training_loss=training_loss,
+    encode_moments=encode_moments, image_moments=image_moments, decode=decode, latent_shape=latent_shape, sampler=sampler, make_scheduler=make_scheduler, extras=extras, predict=predict, target=target, training_loss=training_loss,
     adapter_targets=tuple(f"{a}.{n}" for a in ("attn1", "attn2") for n in ("to_q", "to_k", "to_v", "to_out.0")), noise=noise,
     caching=Caching(blocks=("transformer_blocks",), usual={e.name: "firstblock:0.05" for e in ENTRIES}))
