@@ -176,10 +176,12 @@ def empty(folder: Path, parts: Parts) -> dict:
 
 # %% ../../nbs/40_data/46_encode.ipynb #d5551f19
 def there(folder: Path) -> dict[str, tuple]:
-    "Key -> (bucket, shard, row) of everything that is encoded. A shard that can't be read is removed, its rows are missing."
+    "Key -> (bucket, shard, row) of everything that is encoded. A shard that can't be read, or was never finished, is removed: its rows are missing."
     found = {}
     for path in sorted(folder.glob("*x*x*/*.safetensors")):
         try:
+            if path.name.startswith("."):  # somebody was killed while writing it
+                raise CorruptWeights(path)
             found |= {name: (path.parent.name, path.name, i) for i, name in enumerate(shard_keys(path))}
         except CorruptWeights:
             path.unlink()
@@ -195,7 +197,7 @@ def missing(folder: Path, manifest: Manifest, placed: dict[int, Place], keys: di
             by_bucket.setdefault(str(at.bucket), []).append((i, manifest[i], at, keys[i]))
     chunks = []
     for bucket, items in sorted(by_bucket.items()):
-        number = max((int(p.stem) + 1 for p in (folder / bucket).glob("*.safetensors")), default=0)
+        number = max((int(p.stem) + 1 for p in (folder / bucket).glob("[0-9]*.safetensors")), default=0)
         chunks += [(folder / bucket / f"{number + n:05d}.safetensors", items[i : i + shard_size]) for n, i in enumerate(range(0, len(items), shard_size))]
     return chunks
 
