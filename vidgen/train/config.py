@@ -15,8 +15,8 @@ from ..errors import unknown
 
 # %% ../../nbs/50_train/53_config.ipynb #1557f43d
 CHOICES = {
-    "method": ("lora", "full"), "objective": ("auto", "v_mse", "flow_match", "edm"), "timesteps": ("auto", "uniform", "logit_normal"), "weighting": ("none", "min_snr"),
-    "optimizer": ("adamw", "muon", "adamw-8bit"), "schedule": ("cosine", "constant", "linear"), "precision": ("fp32", "bf16", "fp16"), "checkpointing": ("none", "full", "selective"),
+    "method": ("lora", "full"), "latents": ("drawn", "mean"), "objective": ("auto", "v_mse", "flow_match", "edm"), "timesteps": ("uniform", "logit_normal"), "weighting": ("none", "min_snr"),
+    "optimizer": ("adamw", "muon"), "schedule": ("cosine", "constant", "linear"), "precision": ("fp32", "bf16"), "checkpointing": ("none", "full", "selective"),
 }
 
 
@@ -26,6 +26,8 @@ class _Fields:
     model: str = "shapes-t2v"          # a name of `vidgen models`, or a folder
     data: str = ""                     # what to learn: an address such as brand:200, or a manifest
     held: str = ""                     # what measures it and is never learned from; "": one part in ten of data
+    latents: str = "drawn"             # from their posterior; or its mean, which is what the shapes models were taught
+    buckets: tuple = ()                # FRAMESxHEIGHTxWIDTH of what is learned; (): the model's own size
     replay: str = ""                   # data the model knows already, mixed in so that it is not forgotten
     replay_share: float = 0.5          # of each batch that comes from replay
     method: str = "lora"               # or "full"
@@ -34,7 +36,7 @@ class _Fields:
     alpha: float = 16.0
     freeze: tuple = ()                 # full: patterns of weights that stay, such as patch_embed.*
     objective: str = "auto"            # the family's own
-    timesteps: str = "auto"            # how noise levels are drawn
+    timesteps: str = "uniform"         # how noise levels are drawn
     shift: float = 0.0                 # of the levels of flow matching; 0: the checkpoint's own
     weighting: str = "none"
     gamma: float = 5.0                 # of min_snr
@@ -113,7 +115,7 @@ class Recipe(_Fields):
 
     def to_dict(self) -> dict:
         "Plain JSON."
-        return asdict(self) | {"targets": list(self.targets), "freeze": list(self.freeze)}
+        return asdict(self) | {"targets": list(self.targets), "freeze": list(self.freeze), "buckets": list(self.buckets)}
 
 # %% ../../nbs/50_train/53_config.ipynb #fa84bb7b
 def recipe(facts: Mapping, where: str = "") -> Recipe:

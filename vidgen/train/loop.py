@@ -142,7 +142,7 @@ def same_config(saved: dict, config: TrainConfig, path: Path):
         raise ValueError(f"{path} was trained under other settings ({'; '.join(other)}). Give it the old ones, or another folder, or delete it.")
 
 
-def load_state(state: State, path: Path) -> State:
+def load_state(state: State, path: Path, *, check: bool = True) -> State:
     "Restore a checkpoint in place. Raises `CorruptWeights` when it can't be read or belongs to another model, ValueError when the settings differ."
     from safetensors import safe_open
 
@@ -151,7 +151,8 @@ def load_state(state: State, path: Path) -> State:
             tensors, meta = {k: f.get_tensor(k) for k in f.keys()}, f.metadata()
     except Exception as err:
         raise CorruptWeights(f"{path} can't be read: {err}. Delete it to start this stage afresh.") from err
-    same_config(json.loads(meta["config"]), state.config, path)
+    if check:
+        same_config(json.loads(meta["config"]), state.config, path)
     try:
         with torch.no_grad():
             for name, p in state.params.items():
@@ -205,7 +206,11 @@ class Alone:
         "The mean of a number over the team."
         return value
 
-    def unshared(self, model: nn.Module):
+    def wrapped(self, model: nn.Module) -> nn.Module:
+        "The model whose gradients are the team's."
+        return model
+
+    def unshared(self):
         "A context in which gradients are not shared yet, for batches before the last of a step."
         return nullcontext()
 
@@ -222,7 +227,7 @@ def slope(state: State, losses: Callable, team=Alone()) -> tuple[float, float]:
         optimizer.zero_grad(set_to_none=True)
     count, mean = state.config.accumulate, 0.0
     for i in range(count):
-        with team.unshared(state.model) if i < count - 1 else nullcontext():
+        with team.unshared() if i < count - 1 else nullcontext():
             loss = losses(i) / count
             found = team.mean(loss.item())
             if not math.isfinite(found):
