@@ -21,8 +21,9 @@ def attach(
     name: str | None = None,  # default: the file's or folder's name
     scale: float = 1.0,       # how strongly it acts
 ) -> str:
-    "Put a LoRA adapter on the transformer; returns its name. FileNotFoundError, or ValueError if the name is taken or the file fits no layer."
+    "Put a LoRA adapter on the transformer; returns its name. FileNotFoundError, or ValueError if the name is taken, the file says it belongs to another base, or fits no layer."
     from vidgen.store import fingerprint
+    from vidgen.train.adapters import check_base
 
     path = Path(path).expanduser()
     files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
@@ -32,6 +33,7 @@ def attach(
     if name in gen.adapters:
         raise ValueError(f"an adapter named {name!r} is attached already: give another name=…, or detach it")
     pipe = _pipe(gen)
+    check_base(gen, files[0])
     before = set(getattr(gen.parts.transformer, "peft_config", {}))
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # several adapters are what this is for

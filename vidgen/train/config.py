@@ -72,6 +72,9 @@ class _Fields:
     brand: str = ""                    # a brand file, for the metrics that need one
     trackers: str = ""                 # wandb, mlflow: beside the files of the run
 
+    def __post_init__(self):
+        self.check()
+
 # %% ../../nbs/50_train/53_config.ipynb #bb5c8254
 LEAST = {"rank": 1, "steps": 1, "batch": 1, "accumulate": 1, "warmup": 0, "log_every": 1, "save_every": 1, "validate_every": 0, "sample_every": 0, "keep": 1,
          "noise_levels": 1, "held_clips": 1, "patience": 0, "prompts": 0, "inference_steps": 0, "seed": 0}
@@ -98,7 +101,8 @@ def fitted(name: str, value, kind: type):
 class Recipe(_Fields):
     "A training run before it runs. Errors: ValueError with the nearest word or the limits, TypeError for a value of another type."
 
-    def __post_init__(self):
+    def check(self) -> None:
+        "Types, words and limits."
         for f in fields(_Fields):
             object.__setattr__(self, f.name, fitted(f.name, getattr(self, f.name), type(f.default)))
         for name, options in CHOICES.items():

@@ -206,6 +206,13 @@ class Alone:
         "The mean of a number over the team."
         return value
 
+    def same(self, value):
+        "What the first process has, for all."
+        return value
+
+    def wait(self) -> None:
+        "Until all are here."
+
     def wrapped(self, model: nn.Module) -> nn.Module:
         "The model whose gradients are the team's."
         return model

@@ -4,15 +4,17 @@
 
 # %% auto #0
 __all__ = ['IDENTITY', 'clip_generators', 'Learner', 'here', 'noisy', 'arithmetic', 'Data', 'manifests', 'prepared', 'Feed',
-           'together', 'loop_config', 'Training', 'identity', 'same_run', 'begun', 'Trained', 'train', 'finished']
+           'together', 'loop_config', 'Training', 'identity', 'same_run', 'begun', 'Trained', 'train', 'created',
+           'reopened', 'finished']
 
 # %% ../../nbs/50_train/55_trainer.ipynb #f33bbcbb
 import hashlib
 import json
+import os
+import platform
 import warnings
-from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -23,12 +25,12 @@ from ..data.encode import encode
 from ..data.loader import Batch, Loader
 from ..data.manifest import Manifest, split
 from ..data.sources import open_manifest
-from ..progress import Cancel, Progress, ProgressFn, bar
+from ..progress import Cancel, ProgressFn, bar
 from . import lora
 from .adapters import Adapter, base_hash, save_adapter
 from .config import Recipe, differences, recipe
 from .loop import Alone, Shelf, State, TrainConfig, fit, load_state, record
-from .objective import Objective, held_loss, losses, objective, without
+from .objective import Objective, held_loss, losses, objective
 from .validate import check_metrics, improved, lent, measure, samples
 
 # %% ../../nbs/50_train/55_trainer.ipynb #886a4ab0
@@ -243,7 +245,11 @@ def begun(r: Recipe, run, *, progress: ProgressFn | None = None, cancel: Cancel 
 
     check_metrics(r.metrics, r.brand or None)
     gen = load(r.model, device=r.device, precision=r.precision if r.method == "lora" else "fp32")
+    if team.rank:
+        team.wait()
     data = prepared(r, gen, run.path / "encoded", progress=progress, cancel=cancel)
+    if not team.rank:
+        team.wait()
     how = objective(gen.parts, r.objective, timesteps=r.timesteps, shift=r.shift, weighting=r.weighting, gamma=r.gamma)
     if r.method == "lora":
         lora.add(gen.parts, rank=r.rank, alpha=r.alpha, targets=r.targets, seed=r.seed)
@@ -283,15 +289,46 @@ class Trained:
 def train(
     r: Recipe,
     *,
-    run=None,                            # a Run; None: a new one
+    run=None,                            # a Run, which the caller ends; None: a new one
     name: str = "train",                 # of the new run
     progress: ProgressFn | None = None,  # None: a bar, where somebody looks
     cancel: Cancel | None = None,        # a checkpoint is written first
     force: bool = False,                 # go on with a run that was begun otherwise
     team=Alone(),
-) -> Trained:
-    "Train by a recipe, from the run's last checkpoint if it has one. Errors: ValueError for what can't be; FloatingPointError when the loss explodes; Canceled."
-    run = run or runs.Run.create(name, r.to_dict(), trackers=[t.strip() for t in r.trackers.split(",") if t.strip()] or None)
+) -> Trained | None:
+    "Train by a recipe, from the run's last checkpoint if it has one. Errors: ValueError for what can't be; FloatingPointError when the loss explodes; Canceled. A process that isn't the first gets None."
+    if run:
+        return _train(r, run, progress, cancel, force, team)
+    run = created(r, team, name)
+    with nullcontext() if team.rank else run:
+        found = _train(r, run, progress, cancel, force, team)
+        if found:
+            run.finish(steps=found.steps, before=found.before, after=found.after, folder=str(found.folder))
+    return found
+
+
+def created(r: Recipe, team=Alone(), name: str = "train"):
+    "A new Run, made by the first process and known to all; the others write nothing into it."
+    kinds = [t.strip() for t in r.trackers.split(",") if t.strip()] or None
+    path = team.same("" if team.rank else str(runs.Run.create(name, r.to_dict(), trackers=kinds).path))
+    return runs.Run.open(path, trackers=kinds, watch=bool(team.rank))
+
+
+def reopened(folder: Path | str) -> tuple[Recipe, "runs.Run"]:
+    "The recipe and the Run of a folder, to go on with. Errors: FileNotFoundError, ValueError for a run that is no training or still runs."
+    import psutil
+
+    run = runs.Run.open(folder)
+    if "recipe" not in (note := json.loads((run.path / IDENTITY).read_text()) if (run.path / IDENTITY).exists() else {"recipe": run.params}) or "data" not in note["recipe"]:
+        raise ValueError(f"{run.path} is no training run: it has no {IDENTITY}")
+    if run.status == "running" and run.manifest["process"]["pid"] != os.getpid():
+        raise ValueError(f"{run.path} is running: process {run.manifest['process']['pid']}")
+    run.manifest.update(status="running", ended=None, error=None, process={"pid": os.getpid(), "born": psutil.Process().create_time(), "host": platform.node()})
+    run.save()
+    return recipe(note["recipe"], str(run.path)), run
+
+
+def _train(r: Recipe, run, progress, cancel, force: bool, team) -> Trained | None:
     with bar("train") as drawn:
         progress = progress or drawn
         it = begun(r, run, progress=progress, cancel=cancel, force=force, team=team)
@@ -301,11 +338,11 @@ def train(
         it.learner.transformer.train()
         feed, model = Feed(r, it.data, team), team.wrapped(it.learner)
         try:
-            fit(it.learner, feed.batch_at, model, loop_config(r), folder=it.folder, run=run if team.rank == 0 else None, progress=progress, cancel=cancel, watch=it.watch,
+            fit(it.learner, feed.batch_at, model, loop_config(r), folder=it.folder, run=None if team.rank else run, progress=progress, cancel=cancel, watch=it.watch,
                 keep=r.keep, by_number=True, team=team, state=it.state)
         finally:
             feed.close()
-        return finished(it, json.loads(before.read_text())) if team.rank == 0 else None
+        return None if team.rank else finished(it, json.loads(before.read_text()))
 
 
 def _judged(it: Training, when: str) -> dict:
