@@ -72,7 +72,7 @@ def read_adapter(path: str | Path) -> Adapter:
 def base_hash(gen) -> str:
     "The hash of a Generator's transformer: of its files where there are, which no adapter in memory changes."
     folder = gen.folder and gen.folder / "transformer"
-    return fingerprint(folder) if folder and folder.is_dir() else fingerprint({k: v for k, v in gen.parts.transformer.state_dict().items() if "lora_" not in k})
+    return fingerprint(folder) if folder and folder.is_dir() else fingerprint({k.replace(".base_layer", ""): v for k, v in gen.parts.transformer.state_dict().items() if "lora_" not in k})
 
 
 def tensors(gen, name: str) -> dict[str, torch.Tensor]:
