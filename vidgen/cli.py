@@ -65,6 +65,13 @@ COMMANDS = {
         vidgen benchmark --steps 25 --steps 10 --num-prompts 20
         vidgen benchmark --mode both --csv > clips.csv
         vidgen benchmark -m shapes-t2v -m cogvideox-2b --prompts mine.txt --json"""),
+    "data": Command("vidgen.data.command:app", "Fetch, check, look at and encode data sets.", """
+        vidgen data sources
+        vidgen data download vidprom --root sets/vidprom
+        vidgen data build --source vidprom --root sets/vidprom --out data/vidprom -w 'toxicity<=0.05'
+        vidgen data build --source brand --root 200 --out data/ell
+        vidgen data inspect data/vidprom
+        vidgen data encode data/vidprom --model cogvideox-5b"""),
     "estimate": Command("vidgen.models.estimate_command:estimate", "Say what a clip or a training step would need, before anything is downloaded.", """
         vidgen estimate cogvideox-5b
         vidgen estimate wan2.1-t2v-14b --device rtx-4090 --frames 49

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .manifest import FIXED, Manifest, Sample, content, read_manifest, write_table
+from .manifest import Manifest, Sample, content, read_manifest, write_table
 from .sources import SOURCES, Row, rows_of
 from .video import BadVideo, check
 from ..errors import unknown
@@ -222,7 +222,7 @@ def _measured_row(row: Row, facts: dict) -> Row:
     except BadVideo as err:
         return Row(row.where, None, err.fault, f"{_short(row.sample)}: {err.why}")
 
-
+# %% ../../nbs/40_data/44_build.ipynb #ae65f22f
 def fitting(rows: Iterable[Row], conditions: Sequence[Condition]) -> Iterator[Row]:
     "Rows that fit all conditions; others are listed with the first they don't."
     rows = list(rows)
@@ -306,7 +306,7 @@ def _write(folder: Path, suffix: str, rows: list[Row], request: dict) -> Built:
     atomic_write(folder / "build.json", json.dumps(facts, indent=1, ensure_ascii=False) + "\n")
     return Built(folder, manifest, dropped, facts)
 
-
+# %% ../../nbs/40_data/44_build.ipynb #d30e77cb
 def build(
     source: str,                       # a name in SOURCES
     root: Path | str,                  # what was downloaded: a folder or table; a number for the world and its brand

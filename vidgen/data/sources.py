@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['PARTS', 'ALIASES', 'SOURCES', 'open_world', 'world', 'Row', 'taken', 'Files', 'said', 'folder_rows', 'translate',
-           'table', 'webdataset', 'Source', 'world_rows', 'rows_of', 'open_manifest', 'folder']
+           'table', 'webdataset', 'Source', 'world_rows', 'rows_of', 'folder', 'open_manifest']
 
 # %% ../../nbs/40_data/42_sources.ipynb #e40ca67c
 import json
 import re
 import tarfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from importlib import import_module
 from pathlib import Path
@@ -296,7 +296,15 @@ def _from_rows(rows: Iterable[Row], name: str) -> Manifest:
         raise ValueError(f"{name}: {len(bad)} of {len(rows)} rows can't be used; `vidgen data build` lists them and keeps the rest:{lines}")
     return Manifest(taken(rows).samples, Path(name).name)
 
+# %% ../../nbs/40_data/42_sources.ipynb #d8471e4a
+def folder(path: Path | str) -> Manifest:
+    "The clips below a folder with their captions. Errors: FileNotFoundError when there are none; ValueError for those that can't be used."
+    found = list(folder_rows(path))
+    if not found:
+        raise FileNotFoundError(f"no film or picture ({', '.join((*MOVING, *PICTURES))}) below {path}")
+    return _from_rows(found, str(path))
 
+# %% ../../nbs/40_data/42_sources.ipynb #4fbfa5b8
 def _configured(path: Path) -> Manifest:
     "The data sets of a finetrainers configuration, captions with their id_token in front."
     samples = []
@@ -328,7 +336,7 @@ def _from_file(path: Path) -> Manifest:
         return _configured(path)
     return read_manifest(path) if _ours(path) else _from_rows(table(path), str(path))
 
-
+# %% ../../nbs/40_data/42_sources.ipynb #18bb820c
 def open_manifest(
     address: "str | Path | Manifest",   # world:2000, world:200/held, brand:200, a built folder, a table, a folder of films
 ) -> Manifest:
@@ -352,11 +360,3 @@ def open_manifest(
     if not len(found):
         raise ValueError(f"{path} holds no sample")
     return found
-
-
-def folder(path: Path | str) -> Manifest:
-    "The clips below a folder with their captions. Errors: FileNotFoundError when there are none; ValueError for those that can't be used."
-    found = list(folder_rows(path))
-    if not found:
-        raise FileNotFoundError(f"no film or picture ({', '.join((*MOVING, *PICTURES))}) below {path}")
-    return _from_rows(found, str(path))
