@@ -133,9 +133,9 @@ class Feed:
 
     def __init__(self, r: Recipe, data: Data, team=Alone()):
         replayed = min(round(r.batch * r.replay_share), r.batch - 1) if "replay" in data.stores else 0
-        how = dict(seed=r.seed, rank=team.rank, world=team.size, caption_dropout=r.caption_dropout, image_dropout=r.image_dropout, draw=r.latents == "drawn")
-        sizes = {"data": r.batch - replayed, "replay": replayed}
-        self.loaders = [Loader(data.stores[name], batch=n, **how) for name, n in sizes.items() if n]
+        how = dict(seed=r.seed, rank=team.rank, world=team.size, image_dropout=r.image_dropout, draw=r.latents == "drawn")
+        sizes = {"data": (r.batch - replayed, 0.0 if replayed else r.caption_dropout), "replay": (replayed, r.caption_dropout)}
+        self.loaders = [Loader(data.stores[name], batch=n, caption_dropout=share, **how) for name, (n, share) in sizes.items() if n]
 
     def batch_at(self, number: int) -> Batch:
         "Batch `number` of the whole run."
