@@ -68,6 +68,17 @@ def test_only_what_is_needed_is_turned_into_pictures(plain, monkeypatch):
     assert made == [1.0, 2.0, 3.0]
 
 
+def test_what_lies_between_is_not_decoded(plain, monkeypatch):
+    from vidgen.data import video
+
+    decoded = []
+    monkeypatch.setattr(video, "_decoded", lambda *a, inner=video._decoded: (decoded.append(f.time) or f for f in inner(*a)))
+    assert np.array_equal(read(plain, num_frames=3, fps=1 / 2), read(plain)[[0, 48, 96]])
+    decoded.clear()
+    read(plain, num_frames=3, fps=1 / 2)
+    assert len(decoded) < 3 * 13
+
+
 def test_broken_off(tmp_path, plain):
     whole = plain.read_bytes()
     late = film(tmp_path / "late.mp4", movflags="")

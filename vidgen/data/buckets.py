@@ -9,7 +9,7 @@ __all__ = ['PROPORTIONS', 'ENLARGED', 'Bucket', 'lengths', 'usual', 'checked', '
 # %% ../../nbs/40_data/45_buckets.ipynb #9da7458c
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -83,11 +83,11 @@ _NEEDED = ("frames", "fps", "height", "width")
 def known(sample: Sample) -> Media:
     "Frames, rate and size of a sample, from its facts, its packets, or the clip itself. Errors: BadVideo, and what `Sample.clip` raises."
     facts = sample.facts
-    if all(isinstance(facts.get(k), (int, float)) and facts[k] > 0 for k in _NEEDED) and not isinstance(sample.media, Clip):
+    if on_disk(sample) and all(isinstance(facts.get(k), (int, float)) for k in _NEEDED) and min(facts["frames"], facts["height"], facts["width"]) > 0:
         frames, fps = int(facts["frames"]), float(facts["fps"])
-        return Media(float(facts.get("duration") or frames / fps), frames, fps, int(facts["height"]), int(facts["width"]), 0, bool(facts.get("vfr")), "", False)
+        return Media(float(facts.get("duration") or (frames / fps if fps else 0)), frames, fps, int(facts["height"]), int(facts["width"]), 0, bool(facts.get("vfr")), "", False)
     if on_disk(sample):
-        return probe(sample.media)
+        return _window(probe(sample.media), float(facts.get("start") or 0), facts.get("end"))
     clip = sample.clip()
     return Media(clip.seconds, len(clip), clip.fps, clip.height, clip.width, 0, False, "", False)
 
@@ -100,17 +100,20 @@ def on_disk(sample: Sample) -> bool:
     return not colon or len(scheme) < 2 or Path(sample.media).is_file()
 
 
+def _window(media: Media, start: float, end: float | None) -> Media:
+    "What is known of a part of a film."
+    if not media.fps or not start and end is None:
+        return media
+    part = replace(media, duration=max(0.0, min(media.duration, end if end is not None else math.inf) - start))
+    return replace(part, frames=available(part))
+
+
 def available(
     media: Media,
     fps: float | None = None,   # read at this rate; None: frames as they come
-    start: float = 0.0,         # seconds: a window of the file
-    end: float | None = None,
 ) -> int:
-    "How many frames `read` gives from this window."
-    if not media.fps:
-        return 1
-    last = min(media.duration, end if end is not None else math.inf) - start
-    return max(0, math.floor((last - 0.5 / media.fps) * (fps or media.fps) + 1e-3) + 1)
+    "How many frames `read` gives."
+    return max(0, math.floor((media.duration - 0.5 / media.fps) * (fps or media.fps) + 1e-3) + 1) if media.fps else 1
 
 # %% ../../nbs/40_data/45_buckets.ipynb #38ba05b2
 @dataclass(frozen=True)
@@ -129,12 +132,11 @@ def place(
     buckets: Sequence[Bucket],
     *,
     fps: float | None = None,    # of the model; None: whatever the film has
-    start: float = 0.0,          # seconds: a window of the file
-    end: float | None = None,
+    start: float = 0.0,          # seconds into the file
 ) -> Place:
     "The bucket in which a film or picture loses least. Errors: BadVideo with the fault `too short` or `too small`."
     rate = fps if fps and media.fps > 1.1 * fps else None
-    frames, still = available(media, rate, start, end), media.frames == 1
+    frames, still = available(media, rate), media.frames == 1
     long_enough = [b for b in buckets if b.frames <= frames and (b.frames == 1) == still]
     if not long_enough:
         wanted = sorted({b.frames for b in buckets})
@@ -160,8 +162,8 @@ def sort(
     placed, left_out = {}, []
     for i, sample in enumerate(manifest):
         try:
-            window = {"start": float(sample.facts.get("start") or 0), "end": sample.facts.get("end")} if on_disk(sample) else {}
-            placed[i] = place(known(sample), buckets, fps=fps, **window)
+            start = float(sample.facts.get("start") or 0) if on_disk(sample) else 0.0
+            placed[i] = place(known(sample), buckets, fps=fps, start=start)
         except (ValueError, OSError) as err:
             left_out.append(excuse(i, sample, err))
         if progress:

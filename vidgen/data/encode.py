@@ -28,7 +28,7 @@ import numpy as np
 
 from ..clip import Clip
 from . import buckets as bucketing
-from .buckets import Bucket, Place
+from .buckets import Place
 from .encoded import EncodedStore, Row, by_token, save_shard, shard_keys, trimmed
 from .manifest import Manifest, Sample, content
 from ..errors import CorruptWeights
@@ -73,13 +73,17 @@ def encoders(
 
 # %% ../../nbs/40_data/46_encode.ipynb #8dcee575
 VERSION = 1  # of what is done between file and latent; a new number makes every key new
-_NOISE = ("_name_or_path", "_diffusers_version", "transformers_version", "_commit_hash", "dtype", "torch_dtype", "architectures", "_attn_implementation_autoset")
+_NOISE = ("transformers_version", "dtype", "torch_dtype", "architectures")  # and what begins with an underscore: paths, versions, lists in no order
 _SHAPING = ("patch_size_t", "max_text_seq_length", "image_dim", "in_channels", "image_condition_type")
+
+
+def _plain(config: dict) -> dict:
+    return {k: _plain(v) if isinstance(v, dict) else v for k, v in config.items() if k not in _NOISE and not str(k).startswith("_")}
 
 
 def encoder(parts: Parts) -> str:
     "SHA-256 of all that turns frames and captions into what the transformer reads."
-    configs = {name: {k: v for k, v in config.items() if k not in (*_NOISE,)} for name, config in parts.configs.items() if name in parts.modules()}
+    configs = {name: _plain(config) for name, config in parts.configs.items() if name in parts.modules()}
     configs["transformer"] = {k: configs.get("transformer", {}).get(k) for k in _SHAPING}
     vocabularies = {name: sorted(c.get_vocab().items()) for name, c in parts.components.items() if hasattr(c, "get_vocab")}
     weights = {name: fingerprint(m) for name, m in parts.modules().items() if not name.startswith("transformer")}

@@ -168,7 +168,7 @@ def _decoded(path: Path, container, stream, moment: float) -> Iterator:
             container.seek(max(0, int((moment + _origin(stream) - back) / stream.time_base)), stream=stream)
             frames = container.decode(stream)
             first = next(frames, None)
-            if back > moment or first is not None and first.key_frame and first.time - _origin(stream) <= moment + 1e-3:
+            if back > moment or first is not None and first.time - _origin(stream) <= moment + 1e-3:
                 break
             back = 2 * back + 0.5
         if first is not None:
