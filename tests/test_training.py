@@ -23,7 +23,7 @@ from vidgen.models.family import family, stock
 from vidgen.train import adapters, config, lora, trainer, validate
 from vidgen.train import objective as ob
 from vidgen.train.config import Recipe
-from vidgen.train.loop import Shelf, State, TrainConfig, fit
+from vidgen.train.loop import Shelf, TrainConfig, fit
 
 TINY = dict(data="world:12", held="world:4/held", steps=6, batch=2, rank=2, latents="mean", save_every=2, log_every=1, validate_every=3, prompts=0, noise_levels=2, warmup=2, seed=3)
 

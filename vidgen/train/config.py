@@ -8,7 +8,7 @@ __all__ = ['CHOICES', 'LEAST', 'SHARES', 'POSITIVE', 'FREE', 'fitted', 'Recipe',
 
 # %% ../../nbs/50_train/53_config.ipynb #31f4dc0a
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from ..errors import unknown

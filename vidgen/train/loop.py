@@ -321,7 +321,7 @@ def fit(
             break
     return state
 
-
+# %% ../../nbs/50_train/51_loop.ipynb #9cbad2cc
 def note(state: State, run, stage: str, progress: ProgressFn | None, norm: float):
     "The mean loss since the last note, onto the curve and into the run."
     state.curve.append([state.step, round(sum(state.recent) / len(state.recent), 5)])

@@ -57,7 +57,7 @@ class Learner(nn.Module):
         with arithmetic(self.parts.device, self.half):
             return losses(self.parts, self.how, batch.z_BFCHW.to(self.parts.device).float(), here(batch.text, self.parts.device), generators=each, image=here(image, self.parts.device)).mean()
 
-
+# %% ../../nbs/50_train/55_trainer.ipynb #65ef0510
 def here(thing, device: str):
     "Tensors, in dicts too, on a device; other things as they are."
     if isinstance(thing, dict):
@@ -127,7 +127,7 @@ def prepared(r: Recipe, gen, folder: Path, *, progress: ProgressFn | None = None
             warnings.warn(f"{name}: {len(left)} of {len(manifest)} samples are left out; the first: {left[0]['media']}: {left[0]['why']}", stacklevel=2)
     return Data(wanted, stores)
 
-
+# %% ../../nbs/50_train/55_trainer.ipynb #12e468ee
 class Feed:
     "Batches by number, of data and replay together."
 
@@ -306,7 +306,7 @@ def train(
             run.finish(steps=found.steps, before=found.before, after=found.after, folder=str(found.folder))
     return found
 
-
+# %% ../../nbs/50_train/55_trainer.ipynb #a08e1b29
 def created(r: Recipe, team=Alone(), name: str = "train"):
     "A new Run, made by the first process and known to all; the others write nothing into it."
     kinds = [t.strip() for t in r.trackers.split(",") if t.strip()] or None
@@ -327,7 +327,7 @@ def reopened(folder: Path | str) -> tuple[Recipe, "runs.Run"]:
     run.save()
     return recipe(note["recipe"], str(run.path)), run
 
-
+# %% ../../nbs/50_train/55_trainer.ipynb #8cb4c3fa
 def _train(r: Recipe, run, progress, cancel, force: bool, team) -> Trained | None:
     with bar("train") as drawn:
         progress = progress or drawn
