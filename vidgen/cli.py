@@ -43,6 +43,18 @@ COMMANDS = {
         vidgen export shapes-t2v --out shapes-onnx
         vidgen export shapes-t2v --out shapes-int8 --int8
         vidgen export cogvideox-2b --out small --int8 --frames 9 --width 480 --height 320 --prompts mine.txt"""),
+    "train": Command("vidgen.train.command:train", "Train an adapter or a model by a recipe.", """
+        vidgen train experiments/030_lora_brand/params/cpu.yaml
+        vidgen train mine.yaml --set lr 5e-4 --set rank 8
+        vidgen train --resume runs/train-…
+        torchrun --nproc-per-node 2 --no-python vidgen train mine.yaml"""),
+    "validate": Command("vidgen.train.command:validate", "Clips and metrics of an adapter, without it and with it.", """
+        vidgen validate runs/train-…/adapter --scenarios press.yaml
+        vidgen validate my-brand --scenarios press.txt --metrics brand_score --brand brand.json"""),
+    "adapter": Command("vidgen.train.command:adapter", "Export, register and list adapters.", """
+        vidgen adapter export runs/train-…/adapter --format merged
+        vidgen adapter register my-brand runs/train-…/adapter
+        vidgen adapter list"""),
     "evaluate": Command("vidgen.evaluate.command:evaluate", "Measure clips with every metric, and write a report.", """
         vidgen evaluate runs/generate-… --suite world --out report
         vidgen evaluate clips/ --reference data/real --metrics all,-slow

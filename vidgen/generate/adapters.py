@@ -21,8 +21,9 @@ def attach(
     name: str | None = None,  # default: the file's or folder's name
     scale: float = 1.0,       # how strongly it acts
 ) -> str:
-    "Put a LoRA adapter on the transformer; returns its name. FileNotFoundError, or ValueError if the name can't be used or the file doesn't fit."
+    "Put a LoRA adapter on the transformer; returns its name. FileNotFoundError, or ValueError if the name can't be used, the file says it belongs to another base, or it doesn't fit."
     from vidgen.store import fingerprint
+    from vidgen.train.adapters import check_base
 
     path = Path(path).expanduser()
     file = file_of(path)
@@ -31,6 +32,7 @@ def attach(
         raise ValueError(f"an adapter can't be named {name!r}: letters, digits, - and _ only; give another name=…")
     if name in gen.adapters:
         raise ValueError(f"an adapter named {name!r} is attached already: give another name=…, or detach it")
+    check_base(gen, file)
     _read(gen, _pipe(gen), file, name)
     gen.adapters[name] = {"path": file, "file": file.name, "hash": fingerprint(file), "scale": float(scale)}
     weigh(gen)

@@ -1,0 +1,543 @@
+"""Training end to end: recipes, formulas, adapters, real kills, two processes, and what is refused."""
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from families import generator
+from safetensors.torch import load_file
+
+import vidgen
+from vidgen import runs
+from vidgen.data.manifest import Manifest, Sample
+from vidgen.errors import CorruptWeights
+from vidgen.models.family import family, stock
+from vidgen.train import adapters, config, lora, trainer, validate
+from vidgen.train import objective as ob
+from vidgen.train.config import Recipe
+from vidgen.train.loop import Shelf, TrainConfig, fit
+
+TINY = dict(data="world:12", held="world:4/held", steps=6, batch=2, rank=2, latents="mean", save_every=2, log_every=1, validate_every=3, prompts=0, noise_levels=2, warmup=2, seed=3)
+
+
+def seeds(*numbers):
+    return [torch.Generator().manual_seed(n) for n in numbers]
+
+
+# recipes
+
+def test_unknown_key_names_the_nearest(tmp_path):
+    file = tmp_path / "a.yaml"
+    file.write_text("data: world:8\nlearning_rat: 1e-3\n")
+    with pytest.raises(ValueError, match="a.yaml.*learning_rat"):
+        config.read_recipe(file)
+    file.write_text("data: world:8\nrnak: 8\n")
+    with pytest.raises(ValueError, match="nearest: rank"):
+        config.read_recipe(file)
+
+
+@pytest.mark.parametrize("wrong, said", [(dict(rank=0), "at least 1"), (dict(lr=-1.0), "above 0"), (dict(caption_dropout=2.0), "0 to 1"), (dict(method="lorra"), "nearest: lora"),
+                                         (dict(freeze="patch_embed.*"), "targets"), (dict(steps=0), "at least 1")])
+def test_wrong_values_are_refused(wrong, said):
+    with pytest.raises(ValueError, match=said):
+        Recipe(data="world:8", **wrong)
+
+
+@pytest.mark.parametrize("wrong", [dict(rank="eight"), dict(rank=2.5), dict(lr="fast"), dict(steps=True), dict(model=3)])
+def test_wrong_types_are_refused(wrong):
+    with pytest.raises(TypeError, match=next(iter(wrong))):
+        Recipe(data="world:8", **wrong)
+
+
+def test_set_wins_over_the_file(tmp_path):
+    (tmp_path / "a.yaml").write_text("data: world:8\nlr: 1e-3\ntargets: [attn1.to_q]\n")
+    r = config.read_recipe(tmp_path / "a.yaml", config.assignments(["lr=5e-4", "freeze="]))
+    assert r.lr == 5e-4 and r.targets == ("attn1.to_q",) and r.freeze == ()
+    with pytest.raises(ValueError, match="has no value"):
+        config.assignments(["lr"])
+
+
+def test_differences_name_what_moves_weights_only():
+    assert config.differences(Recipe(data="a"), Recipe(data="a", lr=0.5, log_every=3)) == ["lr 0.001 -> 0.5"]
+
+
+# objectives against their formulas
+
+def case(name, count=3):
+    parts = family(name).tiny()
+    shape = parts.family.latent_shape(parts, 9, 64, 96)
+    g = torch.Generator().manual_seed(0)
+    return parts, torch.randn(count, *shape, generator=g), torch.randn(count, *shape, generator=g), parts.family.encode_prompt(parts, ["a red circle"] * count).condition
+
+
+@torch.no_grad()
+def test_v_mse_is_its_formula():
+    parts, z, noise, text = case("cogvideox")
+    how, t = ob.objective(parts), torch.tensor([10, 500, 998])
+    kept = parts.scheduler.alphas_cumprod[t].float().view(-1, 1, 1, 1, 1)
+    noisy, wanted = kept.sqrt() * z + (1 - kept).sqrt() * noise, kept.sqrt() * noise - (1 - kept).sqrt() * z
+    expected = ((parts.family.predict(parts, noisy, t, text, parts.family.extras(parts, z.shape[1:], None)) - wanted) ** 2).flatten(1).mean(1)
+    assert torch.allclose(ob.error(parts, how, z, noise, t, text), expected, rtol=1e-4)
+    snr = (kept / (1 - kept)).flatten()
+    assert torch.allclose(ob.weights(parts, ob.objective(parts, weighting="min_snr", gamma=5.0), t), snr.clamp(max=5) / (snr + 1), rtol=1e-4)
+    assert torch.equal(ob.weights(parts, how, t), torch.ones(3))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["wan", "ltx", "hunyuan"])
+def test_flow_match_is_its_formula(name):
+    parts, z, noise, text = case(name, 2)
+    how = ob.objective(parts, shift=3.0)
+    u = torch.tensor([0.2, 0.7])
+    t = ob.levels(parts, how, u, tuple(z.shape[1:]))
+    sigma = (3 * u / (1 + 2 * u)).view(-1, 1, 1, 1, 1)
+    assert torch.allclose(t, 1000 * sigma.flatten())
+    answer = parts.family.predict(parts, (1 - sigma) * z + sigma * noise, t, text, parts.family.extras(parts, tuple(z.shape[1:]), None))
+    assert torch.allclose(ob.error(parts, how, z, noise, t, text), ((answer - (noise - z)) ** 2).flatten(1).mean(1), rtol=1e-3)
+    snr = ((1 - sigma) / sigma).flatten() ** 2
+    assert torch.allclose(ob.weights(parts, ob.objective(parts, weighting="min_snr"), t), snr.clamp(max=5) * sigma.flatten() ** 2, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_edm_is_its_formula():
+    parts, z, noise, text = case("cosmos", 2)
+    how, sigma = ob.objective(parts), torch.tensor([0.3, 2.0])
+    s, data = sigma.view(-1, 1, 1, 1, 1), parts.scheduler.config.sigma_data
+    clean = parts.family.predict(parts, z + s * noise, sigma, text, parts.family.extras(parts, tuple(z.shape[1:]), None))
+    weight = (s**2 + data**2) / (s * data) ** 2  # Karras et al. 2022, table 1
+    assert torch.allclose(ob.error(parts, how, z, noise, sigma, text), (weight * (clean - z) ** 2).flatten(1).mean(1), rtol=1e-3)
+    assert torch.allclose(ob.levels(parts, how, torch.tensor([0.5]), tuple(z.shape[1:])), torch.ones(1), atol=1e-5)
+
+
+def test_levels_are_drawn_as_they_should():
+    parts = family("cogvideox").tiny()
+    u = ob.drawn(ob.objective(parts, timesteps="logit_normal"), seeds(*range(4000)))
+    assert abs(torch.logit(u).mean()) < 0.05 and abs(torch.logit(u).std() - 1) < 0.05
+    u = ob.drawn(ob.objective(parts), seeds(*range(4000)))
+    assert abs(u.mean() - 0.5) < 0.02 and abs(u.std() - 12**-0.5) < 0.02
+    assert ob.levels(parts, ob.objective(parts), torch.tensor([0.0, 0.99999]), (1, 1, 1, 1)).tolist() == [0, 999]
+
+
+def test_another_familys_objective_is_refused():
+    with pytest.raises(ValueError, match="v_mse, not flow_match"):
+        ob.objective(family("cogvideox").tiny(), "flow_match")
+
+
+def test_held_loss_is_the_same_twice_and_in_any_batches():
+    parts, z, _, text = case("cogvideox")
+    how = ob.objective(parts)
+    whole = ob.held_loss(parts, how, [(0, z, text, None)], count=2)
+    parts_of_it = ob.held_loss(parts, how, [(i, z[i:i + 1], text[i:i + 1], None) for i in range(3)], count=2)
+    assert list(whole) == ["0.25", "0.75", "mean"] and whole == pytest.approx(parts_of_it, rel=1e-4)
+
+
+def test_captions_are_left_out_by_share():
+    which = ob.left_out(0.25, seeds(*range(2000)))
+    assert abs(which.float().mean() - 0.25) < 0.03
+    text = {"embeds_BLD": torch.ones(2, 3, 4), "mask": torch.ones(2, 3)}
+    out = ob.without(text, {"embeds_BLD": torch.zeros(1, 3, 4), "mask": torch.zeros(1, 3)}, torch.tensor([True, False]))
+    assert out["embeds_BLD"][0].sum() == 0 and out["mask"][1].sum() == 3
+
+
+# adapters
+
+def test_what_an_adapter_trains():
+    parts = family("cogvideox").tiny()
+    before = {n: p.clone() for n, p in parts.transformer.named_parameters()}
+    lora.add(parts, rank=2, seed=1)
+    assert 0 < lora.trainable(parts.transformer)[2] < 0.1
+    assert all("lora_" in n for n, p in parts.transformer.named_parameters() if p.requires_grad)
+    assert all(torch.equal(before[n.replace(".base_layer", "")], p) for n, p in parts.transformer.named_parameters() if "lora_" not in n)
+
+
+def test_shapes_lora_is_under_ten_per_cent():
+    parts = vidgen.load("shapes-t2v").parts
+    lora.add(parts, rank=16)
+    assert lora.trainable(parts.transformer)[2] < 0.1
+
+
+@pytest.mark.parametrize("name", ["cogvideox", "wan", "ltx", "hunyuan", "cosmos"])
+def test_every_family_has_its_targets(name):
+    parts = family(name).tiny()
+    state = torch.get_rng_state()
+    mine = lora.add(parts, rank=2)
+    assert mine and torch.equal(state, torch.get_rng_state())
+    parts, z, noise, text = case(name, 1)
+    lora.add(parts, rank=2)
+    ob.losses(parts, ob.objective(parts), z, text, generators=seeds(1)).mean().backward()
+    assert all(p.grad is not None for p in parts.transformer.parameters() if p.requires_grad)
+
+
+def test_impossible_adapters_are_refused():
+    parts = family("cogvideox").tiny()
+    with pytest.raises(ValueError, match="nearest: attn1.to_q"):
+        lora.add(parts, targets=("attn1.to_qq",))
+    with pytest.raises(ValueError, match="rank 4000 is larger than"):
+        lora.add(parts, rank=4000)
+    with pytest.raises(ValueError, match="no weight is called 'patch_embd"):
+        lora.learn_all(parts, ("patch_embd.*",))
+    with pytest.raises(ValueError, match="every weight is frozen"):
+        lora.learn_all(parts, ("*",))
+
+
+def test_frozen_patterns_stay():
+    parts = family("cogvideox").tiny()
+    frozen = lora.learn_all(parts, ("patch_embed.*",))
+    assert frozen and all(n.startswith("patch_embed.") for n in frozen)
+
+
+@pytest.mark.parametrize("how", ["full", "selective"])
+def test_checkpointing_changes_no_gradient(how):
+    grads = []
+    for kind in ("none", how):
+        parts, z, noise, text = case("cogvideox", 1)
+        mine = lora.add(parts, rank=2, seed=1)
+        lora.checkpoint(parts, kind)
+        ob.losses(parts, ob.objective(parts), z, text, generators=seeds(1)).mean().backward()
+        grads.append([p.grad for p in mine])
+    assert all(torch.allclose(a, b, atol=1e-7) for a, b in zip(*grads))
+
+
+def random_adapter(of="cogvideox", alpha=4.0, rank=2, seed=0):
+    gen = generator(family(of).tiny())
+    g = torch.Generator().manual_seed(seed)
+    for p in lora.add(gen.parts, rank=rank, alpha=alpha, name="mine"):
+        p.data = torch.randn(p.shape, generator=g)
+    return gen
+
+
+@pytest.mark.parametrize("of", ["cogvideox", "wan", "ltx"])
+def test_round_trip_through_diffusers_is_exact(tmp_path, of):
+    gen = random_adapter(of)
+    saved = adapters.save_adapter(gen, tmp_path, name="mine", data_hash="d", licence="MIT")
+    plain = family(of).tiny()
+    stock(plain).load_lora_weights(tmp_path, adapter_name="theirs", local_files_only=True)
+    theirs = generator(plain)
+    a, b = adapters.tensors(gen, "mine"), adapters.tensors(theirs, "theirs")
+    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+    assert plain.transformer.peft_config["theirs"].lora_alpha == 4
+    assert (saved.rank, saved.data_hash, saved.licence, set(saved.alphas.values()), saved.family) == (2, "d", "MIT", {4.0}, of)
+    stock(plain).save_lora_weights(tmp_path / "again", transformer_lora_layers={k.removeprefix("transformer."): v for k, v in b.items()})
+    back = load_file(tmp_path / "again" / adapters.FILE)
+    assert all(torch.equal(back[k], a[k]) for k in a)
+
+
+@pytest.mark.parametrize("format", ["comfyui", "original"])
+def test_wans_original_spelling_loads_in_diffusers(tmp_path, format):
+    gen = random_adapter("wan", alpha=2.0)
+    saved = adapters.save_adapter(gen, tmp_path, name="mine")
+    out = adapters.export_adapter(saved.path, tmp_path / "o" / "x.safetensors", format)
+    keys = load_file(out)
+    assert "diffusion_model.blocks.0.self_attn.q.alpha" in keys
+    if format == "comfyui":
+        plain = generator(family("wan").tiny())
+        stock(plain.parts).load_lora_weights(out.parent, weight_name=out.name, adapter_name="theirs", local_files_only=True)
+        a, b = adapters.tensors(gen, "mine"), adapters.tensors(plain, "theirs")
+        assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_a_fused_original_is_refused(tmp_path):
+    saved = adapters.save_adapter(random_adapter(), tmp_path, name="mine")
+    with pytest.raises(ValueError, match="one matrix for query, key and value"):
+        adapters.export_adapter(saved.path, tmp_path / "x.safetensors", "original")
+    with pytest.raises(ValueError, match="nearest: diffusers"):
+        adapters.export_adapter(saved.path, tmp_path / "x.safetensors", "difusers")
+    adapters.export_adapter(saved.path, tmp_path / "x.safetensors")
+    with pytest.raises(FileExistsError):
+        adapters.export_adapter(saved.path, tmp_path / "x.safetensors")
+
+
+def test_an_adapter_of_another_base_is_refused_with_the_reason(tmp_path):
+    from vidgen.generate.adapters import attach
+
+    adapters.save_adapter(random_adapter(), tmp_path, name="mine")
+    with pytest.raises(ValueError, match="of the family cogvideox, and .* is of the family wan"):
+        adapters.check_base(generator(family("wan").tiny()), tmp_path)
+    with pytest.raises(ValueError, match="with other weights"):
+        attach(generator(family("cogvideox").tiny(seed=9)), tmp_path)
+    attach(generator(family("cogvideox").tiny()), tmp_path)
+
+
+def test_names(tmp_path, monkeypatch):
+    monkeypatch.setattr(adapters, "shelf", lambda: tmp_path / "shelf")
+    one, two = (adapters.save_adapter(random_adapter(seed=i), tmp_path / str(i), name="mine") for i in (1, 2))
+    assert adapters.register("press-v1", one.path).hash == one.hash == adapters.named("press-v1").hash
+    adapters.register("press-v1", one.path)
+    with pytest.raises(ValueError, match="taken by other weights"):
+        adapters.register("press-v1", two.path)
+    with pytest.raises(ValueError, match="nearest: press-v1"):
+        adapters.named("press-v2")
+    with pytest.raises(ValueError, match="no name for an adapter"):
+        adapters.register("../x", one.path)
+    (tmp_path / "bad.safetensors").write_bytes(b"nothing")
+    with pytest.raises(CorruptWeights):
+        adapters.read_adapter(tmp_path / "bad.safetensors")
+
+
+# the loop
+
+def line():
+    torch.manual_seed(0)
+    return torch.nn.Linear(2, 1)
+
+
+def test_accumulated_batches_equal_a_large_one(tmp_path):
+    x = torch.randn(8, 2, generator=torch.Generator().manual_seed(1))
+
+    def train(batches, accumulate):
+        m = line()
+        fit(m, lambda n: batches[n % len(batches)], lambda b, g: ((m(b) - b.sum(1, keepdim=True)) ** 2).mean(), TrainConfig(4, lr=0.01, warmup=1, accumulate=accumulate),
+            folder=tmp_path / str(accumulate), by_number=True)
+        return m.weight
+    assert torch.allclose(train([x], 1), train(list(x.chunk(4)), 4), atol=1e-6)
+
+
+def test_the_gradient_is_clipped_once_per_step(tmp_path, monkeypatch):
+    calls, plain = [], torch.nn.utils.clip_grad_norm_
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *a: calls.append(1) or plain(*a))
+    m = line()
+    fit(m, lambda n: torch.ones(1, 2), lambda b, g: m(b).mean() ** 2, TrainConfig(3, accumulate=5), folder=tmp_path, by_number=True)
+    assert len(calls) == 3
+
+
+@pytest.mark.parametrize("kind, end", [("cosine", 0.02), ("linear", 0.02), ("constant", 1.0)])
+def test_schedules(kind, end):
+    c = TrainConfig(100, lr=1.0, warmup=10, schedule=kind)
+    assert c.lr_at(0) == 0.1 and c.lr_at(10) == pytest.approx(1.0) and c.lr_at(100) == pytest.approx(end)
+
+
+def test_last_n_and_best_are_kept(tmp_path):
+    m = line()
+    fit(m, lambda n: torch.ones(1, 2), lambda b, g: m(b).mean() ** 2, TrainConfig(10, save_every=2), folder=tmp_path, by_number=True, keep=3)
+    assert [p.stem for p in Shelf(tmp_path, 3).all()] == ["step-00000006", "step-00000008", "step-00000010"]
+
+
+def test_a_full_disk_loses_nothing_older(tmp_path, monkeypatch):
+    import errno
+
+    from vidgen.train import loop
+
+    m = line()
+    plain, count = loop.atomic_write, []
+
+    def full(*given, **named):
+        count.append(1)
+        if len(count) > 2:
+            raise OSError(errno.ENOSPC, "no space left", str(given[0]))
+        return plain(*given, **named)
+    monkeypatch.setattr(loop, "atomic_write", full)
+    with pytest.raises(OSError, match="no space left"):
+        fit(m, lambda n: torch.ones(1, 2), lambda b, g: m(b).mean() ** 2, TrainConfig(10, save_every=2), folder=tmp_path, by_number=True, keep=2)
+    kept = Shelf(tmp_path, 2).all()
+    assert [p.stem for p in kept] == ["step-00000002", "step-00000004"] and load_file(kept[-1])
+
+
+def test_an_exploding_rate_stops_and_names_the_last_good_checkpoint(tmp_path):
+    m, worse = line(), lambda n: torch.full((1, 2), 1.2**n)
+    config_ = TrainConfig(400, lr=0.01, save_every=5, log_every=5, diverged=10)
+    with pytest.raises(FloatingPointError, match="rose from .*lower lr.*last good checkpoint: .*step-"):
+        fit(m, worse, lambda b, g: m(b).mean() * 0 + b.mean(), config_, folder=tmp_path, by_number=True, keep=2)
+    with pytest.raises(FloatingPointError, match="No checkpoint"):
+        fit(m, lambda n: torch.ones(4, 2), lambda b, g: m(b).mean() * float("nan"), TrainConfig(4), folder=tmp_path / "new", by_number=True)
+
+
+def test_patience_is_a_fact_of_the_run():
+    facts = {}
+    assert [validate.improved(facts, v, i) for i, v in enumerate((3, 2, 2.5, 2.1, 1))] == [True, True, False, False, True]
+    assert facts == {"best": 1, "best_step": 4, "worse": 0}
+
+
+def test_lent_weights_come_back_also_after_an_error():
+    w = {"a": torch.zeros(2)}
+    with pytest.raises(RuntimeError), validate.lent(w, {"a": torch.ones(2)}):
+        raise RuntimeError
+    assert w["a"].sum() == 0
+
+
+# a run
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    "An uninterrupted run."
+    run = runs.Run.create("whole", {}, root=tmp_path_factory.mktemp("runs"), trackers=[])
+    return trainer.train(Recipe(**TINY), run=run)
+
+
+def weights(path):
+    return load_file(Shelf(path / "checkpoints", 2).last)
+
+
+def test_a_run_ends_with_what_was_asked(whole):
+    assert whole.steps == 6 and whole.adapter.rank == 2 and whole.adapter.base == "shapes-t2v"
+    assert whole.adapter.data_hash == whole.run.manifest["data_hash"] and whole.adapter.made["steps"] == 6
+    assert {"loss/0.25", "loss/0.75", "loss/mean"} <= set(whole.before) and whole.before != whole.after
+    assert 0 < whole.run.manifest["trainable_share"] < 0.1
+    rows = whole.run.metrics()
+    assert [r["step"] for r in rows if "train/loss" in r] == [1, 2, 3, 4, 5, 6] and [r["step"] for r in rows if "held/loss/mean" in r] == [3, 6]
+    assert (whole.run.path / "checkpoints/best.safetensors").exists() and (whole.run.path / "metrics.csv").exists()
+
+
+def command(*args, **env):
+    code = "import sys; from vidgen.cli import console; sys.argv[0] = 'vidgen'; console()"
+    return [sys.executable, "-c", code, *map(str, args)], {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **env}
+
+
+def started(tmp_path, *args, **more):
+    line_, env = command("train", *args, VIDGEN_STORAGE_RUNS=str(tmp_path))
+    return subprocess.Popen(line_, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **more)
+
+
+def until(condition, seconds=120):
+    end = time.monotonic() + seconds
+    while not condition() and time.monotonic() < end:
+        time.sleep(0.02)
+    assert condition(), "it didn't happen"
+
+
+def the_run(tmp_path):
+    return next(tmp_path.glob("train-*"))
+
+
+def test_a_stopped_run_ends_at_the_same_bits(tmp_path, whole):
+    "Killed, resumed, asked to stop, resumed."
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(TINY))
+    child = started(tmp_path, tmp_path / "r.yaml")
+    until(lambda: list(tmp_path.glob("train-*/checkpoints/step-*.safetensors")) or child.poll() is not None)
+    child.kill()
+    assert child.wait(60) == -signal.SIGKILL, child.communicate()
+    child = started(tmp_path, "--resume", the_run(tmp_path))
+    until(lambda: json.loads((the_run(tmp_path) / "manifest.json").read_text())["process"]["pid"] == child.pid or child.poll() is not None)
+    child.send_signal(signal.SIGTERM)
+    out = child.communicate(timeout=120)[0]
+    assert child.returncode == 75 and "--resume" in out, out
+    assert runs.Run.open(the_run(tmp_path)).status == "canceled"
+    child = started(tmp_path, "--resume", the_run(tmp_path))
+    out = child.communicate(timeout=170)[0]
+    assert child.returncode == 0, out
+    a, b = weights(whole.run.path), weights(the_run(tmp_path))
+    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+    a, b = load_file(whole.adapter.path), load_file(the_run(tmp_path) / "adapter" / adapters.FILE)
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    assert runs.Run.open(the_run(tmp_path)).status == "succeeded"
+
+
+def test_a_resume_of_another_kind_is_refused(whole):
+    r, run = trainer.reopened(whole.run.path)
+    with pytest.raises(ValueError, match="lr 0.001 -> 0.1.*--force"):
+        trainer.train(config.recipe(r.to_dict() | {"lr": 0.1}), run=run)
+    with pytest.raises(ValueError, match="the data "):
+        trainer.train(config.recipe(r.to_dict() | {"data": "world:10"}), run=run)
+    assert trainer.train(config.recipe(r.to_dict() | {"lr": 0.1}), run=run, force=True).steps == 6
+    (whole.run.path / trainer.IDENTITY).write_text(json.dumps(json.loads((whole.run.path / trainer.IDENTITY).read_text()) | {"recipe": r.to_dict()}))
+
+
+def test_full_training_with_frozen_parts(tmp_path):
+    run = runs.Run.create("full", {}, root=tmp_path, trackers=[])
+    done = trainer.train(Recipe(**TINY | dict(method="full", freeze="patch_embed.*", steps=2, validate_every=0, lr=1e-4)), run=run)
+    assert done.adapter is None
+    before, after = vidgen.load("shapes-t2v"), vidgen.load(done.folder)
+    a, b = before.parts.transformer.state_dict(), after.parts.transformer.state_dict()
+    changed = {k for k in a if not torch.equal(a[k].float(), b[k].float())}
+    assert changed and not any(k.startswith("patch_embed.") for k in changed)
+
+
+def test_replay_is_part_of_each_batch(tmp_path):
+    r = Recipe(**TINY | dict(replay="world:4", replay_share=0.5, batch=4))
+    gen = vidgen.load("shapes-t2v")
+    data = trainer.prepared(r, gen, tmp_path)
+    batch = trainer.Feed(r, data).batch_at(0)
+    known = [{row["key"] for row in data.stores[n].rows()} for n in ("data", "replay")]
+    assert len(batch.keys) == 4 and batch.z_BFCHW.shape[0] == 4 and sum(k in known[1] for k in batch.keys[2:]) == 2
+
+
+@pytest.mark.parametrize("wrong, said", [(dict(data=""), "names no data"), (dict(data="world:0"), "world|empty|no sample"), (dict(metrics="oracel"), "nearest: oracle"), (dict(metrics="brand_score"), "brand file"),
+                                         (dict(targets="attn1.to_z"), "nearest"), (dict(rank=999), "larger than")])
+def test_what_can_t_be_trained(tmp_path, wrong, said):
+    run = runs.Run.create("bad", {}, root=tmp_path, trackers=[])
+    with pytest.raises(ValueError, match=said):
+        trainer.train(Recipe(**TINY | wrong), run=run)
+
+
+def test_missing_captions_and_short_clips(tmp_path, monkeypatch):
+    clips = [Sample(f"world:{i}", "" if i == 1 else "a star") for i in range(3)]
+    monkeypatch.setattr(trainer, "open_manifest", lambda address: Manifest(tuple(clips)))
+    with pytest.raises(ValueError, match="sample 1 has no caption"):
+        trainer.manifests(Recipe(**TINY))
+    short = vidgen.Clip(np.zeros((5, 64, 96, 3), np.uint8), fps=8)
+    monkeypatch.setattr(trainer, "open_manifest", lambda address: Manifest((Sample(short, "a star"),)))
+    with pytest.raises(ValueError, match="frames"):
+        trainer.prepared(Recipe(**TINY), vidgen.load("shapes-t2v"), tmp_path)
+
+
+def test_a_tracker_that_can_t_be_reached_is_a_warning(tmp_path):
+    class Gone(runs.Tracker):
+        def log(self, step, metrics):
+            raise ConnectionError("no route to host")
+    run = runs.Run.create("gone", {}, root=tmp_path, trackers=[Gone])
+    with pytest.warns(UserWarning, match="no route to host"):
+        trainer.train(Recipe(**TINY | dict(steps=2, validate_every=0)), run=run)
+    assert len([r for r in run.metrics() if "train/loss" in r]) == 2 and len((run.path / "metrics.csv").read_text().splitlines()) > 2
+
+
+def test_two_processes_equal_one(tmp_path):
+    "gloo, started by torchrun; four clips each against eight."
+    facts = TINY | dict(steps=3, batch=4, device="cpu", validate_every=0, caption_dropout=0.0)
+    (tmp_path / "two.yaml").write_text(yaml.safe_dump(facts))
+    code = tmp_path / "go.py"
+    code.write_text("import sys; from vidgen.cli import console; console()")
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "VIDGEN_STORAGE_RUNS": str(tmp_path), "ACCELERATE_USE_CPU": "true"}
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(code), "train", str(tmp_path / "two.yaml")], env=env, capture_output=True, text=True, timeout=170)
+    assert done.returncode == 0, done.stdout + done.stderr
+    run = runs.Run.create("one", {}, root=tmp_path / "one", trackers=[])
+    one = trainer.train(Recipe(**facts | dict(batch=8)), run=run)
+    losses = [[r["train/loss"] for r in found.metrics() if "train/loss" in r] for found in (run, runs.Run.open(the_run(tmp_path)))]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4) and len(losses[0]) == 3
+    a, b = load_file(one.adapter.path), load_file(the_run(tmp_path) / "adapter" / adapters.FILE)
+    assert all(torch.allclose(a[k], b[k], atol=1e-5) for k in a)
+    assert runs.Run.open(the_run(tmp_path)).status == "succeeded"
+
+
+@pytest.mark.slow
+def test_twenty_kills(tmp_path, whole):
+    "Killed at random moments, again and again, until it is through."
+    rng = random.Random(5)
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(TINY | dict(save_every=1)))
+    for _ in range(20):
+        found = list(tmp_path.glob("train-*"))
+        child = started(tmp_path, *(("--resume", found[0]) if found else (tmp_path / "r.yaml",)))
+        try:
+            child.wait(rng.uniform(4, 14))
+            break
+        except subprocess.TimeoutExpired:
+            child.kill()
+            child.wait()
+    else:
+        child = started(tmp_path, "--resume", the_run(tmp_path))
+        assert child.wait(170) == 0
+    a, b = load_file(whole.adapter.path), load_file(the_run(tmp_path) / "adapter" / adapters.FILE)
+    assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+# commands
+
+def test_validate_and_adapter_commands(tmp_path, whole, monkeypatch, capsys):
+    from vidgen.cli import main
+
+    monkeypatch.setattr(adapters, "shelf", lambda: tmp_path / "shelf")
+    (tmp_path / "press.yaml").write_text("- a red circle moving right on a white background\n")
+    assert main(["adapter", "register", "mine", str(whole.folder)]) == 0
+    assert main(["adapter", "list"]) == 0 and "mine" in capsys.readouterr().out
+    assert main(["validate", "mine", "--scenarios", str(tmp_path / "press.yaml"), "--metrics", "oracle", "--steps", "2", "--out", str(tmp_path / "out"), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert len(found["clips"]) == 2 and all(Path(p).exists() for p in found["clips"]) and found["adapter"] == whole.adapter.hash
+    assert main(["adapter", "export", "mine", "--format", "merged", "--out", str(tmp_path / "merged")]) == 0
+    assert vidgen.load(tmp_path / "merged").weights != vidgen.load("shapes-t2v").weights
+    assert main(["adapter", "export", "mien"]) == 2 and main(["train", str(tmp_path / "none.yaml")]) == 2
