@@ -106,7 +106,7 @@ class Media:
     codec: str
     audio: bool
 
-
+# %% ../../nbs/40_data/43_video.ipynb #d89eac60
 @dataclass(frozen=True)
 class _Times:
     "What the packets say: when each frame is shown, where decoding can begin, and whether the file ends where it should."
@@ -328,7 +328,7 @@ def fitted(
         return made
     return frame_HWC[(h - height) // 2 : (h - height) // 2 + height, (w - width) // 2 : (w - width) // 2 + width]
 
-# %% ../../nbs/40_data/43_video.ipynb #bc2000bd
+# %% ../../nbs/40_data/43_video.ipynb #ebecb434
 def _moments(start: float, fps: float) -> Iterator[float]:
     return (start + i / fps for i in count())
 
@@ -341,7 +341,7 @@ def picked(frames_THWC: np.ndarray, own_fps: float, start: float, fps: float | N
     total = int((last + 0.5 - start * own_fps) / own_fps * fps + 1e-6) + 1
     return frames_THWC[[min(last, int((start + i / fps) * own_fps + 0.5 - 1e-6)) for i in range(max(total, 0))]]
 
-
+# %% ../../nbs/40_data/43_video.ipynb #ebd84882
 def _enough(path, frames: list, num_frames: int | None, start: float, fps: float | None):
     "The frames as one array. Errors: BadVideo if there are too few."
     if not frames or num_frames and len(frames) < num_frames:
