@@ -20,7 +20,7 @@ from vidgen.data import brand as brands, download as net, published
 from vidgen.data.build import Near, Probes, build, condition
 from vidgen.data.inspect import inspect
 from vidgen.data.lookalike import SETS, boxes, film, lookalike, tagged
-from vidgen.data.manifest import COLUMNS, Manifest, Sample, csv_rows, read_manifest
+from vidgen.data.manifest import COLUMNS, Manifest, Sample, csv_rows, json_rows, read_manifest
 from vidgen.data.sources import Files, folder, open_manifest, rows_of, webdataset, world
 from vidgen.errors import Canceled
 from vidgen.evaluate.brand import Brand, check
@@ -249,7 +249,7 @@ def test_panda_windows_marks_and_no_evaluation(tmp_path):
     assert [s.caption for s in whole] == ["a clip of a whole film that's there", "\"it's\" the second"] and whole[1].facts["start"] == 0.25
     everything = list(rows_of("panda70m", tmp_path, desirable=False, shots=0))
     assert {r.reason for r in rows} - {r.reason for r in everything} == {"not desirable", "several shots"}
-    for bad in ("__import__('os').getcwd()", "[1", "{'a': 1}", "[" * 5000):
+    for bad in ("__import__('os').getcwd()", "[__import__('os').getcwd()]", "[1", "{'a': 1}", "[" * 5000):
         with pytest.raises(ValueError, match="list"):
             published.literal(bad)
 
@@ -296,15 +296,17 @@ def test_adverts_in_parquet(tmp_path):
 
     from vidgen.data.lookalike import picture
     rows = [{"image": {"bytes": picture(i), "path": None}, "text": f"SALE {i}" if i else "", "dimensions": "(300, 250)"} for i in range(3)]
-    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "train-00000-of-00001.parquet")
-    built = build("adimagenet", tmp_path, tmp_path / "set")
+    (tmp_path / "a").mkdir()
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a/train-00000-of-00001.parquet")
+    built = build("adimagenet", tmp_path / "a", tmp_path / "set")
     assert [s.caption for s in built.manifest] == ["SALE 1", "SALE 2"] and built.facts["dropped"] == {"no caption": 1}
 
 
-@pytest.mark.parametrize("name, error", [(n, FileNotFoundError) for n in SETS])
-def test_an_empty_folder_says_which_file_is_missing(tmp_path, name, error):
-    with pytest.raises(error, match="below"):
-        build(name, tmp_path, tmp_path / "set")
+@pytest.mark.parametrize("name", SETS)
+def test_an_empty_folder_says_which_file_is_missing(tmp_path, name):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match="below"):
+        build(name, tmp_path / "empty", tmp_path / "set")
     with pytest.raises(FileNotFoundError, match="no folder"):
         build(name, tmp_path / "nowhere", tmp_path / "set")
 
@@ -420,6 +422,57 @@ def test_a_sheet_of_broken_films_says_so(tmp_path):
     (tmp_path / "m.jsonl").write_text('{"video_path": "gone.mp4", "prompt": "x"}\n')
     with pytest.raises(ValueError, match="vidgen data build"):
         inspect(tmp_path / "m.jsonl").sheet()
+
+
+def test_films_in_archives_are_hinted_at(tmp_path):
+    (tmp_path / "v").mkdir()
+    (tmp_path / "v/VidProM_unique.csv").write_text("uuid,prompt,time\nu1,a fox,now\n")
+    with tarfile.open(tmp_path / "v/pika_videos_1.tar", "w") as tar:
+        info = tarfile.TarInfo("pika_videos/pika-u1.mp4")
+        info.size = len(film())
+        tar.addfile(info, io.BytesIO(film()))
+    with pytest.raises(ValueError, match="vidgen data unpack"):
+        build("vidprom", tmp_path / "v", tmp_path / "set")
+    assert main(["data", "unpack", str(tmp_path / "v")]) == 0
+    assert build("vidprom", tmp_path / "v", tmp_path / "set").manifest[0].caption == "a fox"
+
+
+# rows that are none
+
+def test_a_csv_of_bytes_and_nul(tmp_path):
+    (tmp_path / "m.csv").write_bytes(b"file_name,text\na.mp4,caf\xe9\nb.mp4,nul\x00\nc.mp4,good\n")
+    rows = list(csv_rows(tmp_path / "m.csv"))
+    assert [where for where, _ in rows] == ["line 2", "line 3", "line 4"] and "UTF-8" in str(rows[0][1]) and rows[2][1] == {"file_name": "c.mp4", "text": "good"}
+    (tmp_path / "m.jsonl").write_bytes(b'{"file_name": "a", "text": "\xff"}\n\n{"file_name": "b"}\n')
+    assert [isinstance(v, ValueError) for _, v in json_rows(tmp_path / "m.jsonl")] == [True, False]
+
+
+def test_tables_of_another_kind_and_rows_that_are_none(tmp_path):
+    (tmp_path / "vatex_training_v1.0.json").write_text("{}")
+    with pytest.raises(ValueError, match="should hold a list"):
+        rows_of("vatex", tmp_path)
+    (tmp_path / "vatex_training_v1.0.json").write_text('["x", {"videoID": "a_000001_000002", "enCap": "one text"}]')
+    (tmp_path / "a_000001_000002.mp4").write_bytes(film())
+    assert [(r.reason, r.sample and r.sample.caption) for r in rows_of("vatex", tmp_path)] == [("not a row", None), ("", "one text")]
+    (tmp_path / "test_videodatainfo.json").write_text('{"videos": [3, {"video_id": "video1"}], "sentences": [null]}')
+    assert [r.reason for r in rows_of("msrvtt", tmp_path)] == ["not a row", "not a row", "no such film"]
+    (tmp_path / "p.csv").write_text("videoID,timestamp,caption,matching_score\nx,\"[['0:00:00.0', 'late'], 3]\",\"['a', 'b']\",\"['high', 1]\"\n")
+    assert [r.reason for r in rows_of("panda70m", tmp_path)] == ["not a row", "not a row"]
+
+
+def test_a_build_does_not_read_what_it_wrote(tmp_path):
+    layout_pairs(tmp_path / "f")
+    with pytest.raises(ValueError, match="outside"):
+        build("folder", tmp_path / "f", tmp_path / "f/set")
+
+
+def test_captions_in_films_are_read_without_decoding(tmp_path):
+    world(1)[0].clip().save(tmp_path / "a.mp4")
+    (tmp_path / "b.mp4").write_bytes(b"")
+    (tmp_path / "c.png").write_bytes(b"")
+    built = build("folder", tmp_path, tmp_path.parent / f"{tmp_path.name}-set")
+    assert [s.caption for s in built.manifest] == [world(1)[0].clip().made["prompt"]] and built.facts["dropped"] == {"empty": 2}
+    assert built.manifest[0].facts["source"] == "folder"
 
 
 # downloads
@@ -591,6 +644,25 @@ def test_a_set_of_the_hub(tmp_path, server, monkeypatch, capsys):
     assert main(["data", "download", "openvid", "--root", str(tmp_path), "--list"]) == 0 and "partaa" in capsys.readouterr().out
 
 
+def test_a_listing_of_several_pages(server, monkeypatch):
+    monkeypatch.setenv("HF_ENDPOINT", server.address)
+    answers = {"": ([{"type": "file", "path": "a b.csv", "size": 3}], f'<{server.address}/api/datasets/o/n/tree/main?cursor=x>; rel="next"'), "cursor=x": ([{"type": "file", "path": "c.zip", "size": 1, "lfs": {"oid": "ab", "size": 9}}], "")}
+
+    def answer(h):
+        entries, link = answers["cursor=x" if "cursor=x" in h.path else ""]
+        data = json.dumps(entries).encode()
+        h.send_response(200)
+        h.send_header("Content-Length", str(len(data)))
+        if link:
+            h.send_header("Link", link)
+        h.end_headers()
+        h.wfile.write(data)
+
+    monkeypatch.setattr(server, "answer", answer)
+    found = net.listing("o/n")
+    assert [(f.name, f.sha256, f.size) for f in found] == [("a b.csv", "", 3), ("c.zip", "ab", 9)] and found[0].urls[0].endswith("/datasets/o/n/resolve/main/a%20b.csv")
+
+
 def test_gated_and_handed_out_sets_say_how(tmp_path, server, monkeypatch, capsys):
     monkeypatch.setenv("HF_ENDPOINT", server.address)
     monkeypatch.delenv("HF_TOKEN", raising=False)
@@ -610,6 +682,10 @@ def test_halves_are_joined_and_unpacked(tmp_path, capsys):
     assert main(["data", "unpack", str(tmp_path / "o")]) == 0 and "1 films" in capsys.readouterr().out
     assert Clip.open(tmp_path / "o/unpacked/OpenVid_part102/celeb_split_0to9.mp4").num_frames == 9
     (tmp_path / "o/OpenVid_part102.zip").unlink()
+    (tmp_path / "o/OpenVid_part102_partad").write_bytes(b"the fourth")
+    with pytest.raises(ValueError, match="partac is missing"):
+        net.join(tmp_path / "o")
+    (tmp_path / "o/OpenVid_part102_partad").unlink()
     (tmp_path / "o/OpenVid_part102_partab").unlink()
     with pytest.raises(ValueError, match="the last part is missing"):
         net.join(tmp_path / "o")
@@ -620,7 +696,9 @@ def test_a_damaged_archive(tmp_path):
     with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
         archive.writestr("deep/a.mp4", film())
         archive.writestr("../../b.mp4", film(1))
-    assert sorted(p.relative_to(tmp_path).as_posix() for p in net.unpack(tmp_path / "a.zip", tmp_path / "out")) == ["out/a.mp4", "out/b.mp4"]
+        archive.writestr("other/a.mp4", film(2))
+    made = net.unpack(tmp_path / "a.zip", tmp_path / "out")
+    assert [p.relative_to(tmp_path).as_posix() for p in made] == ["out/a.mp4", "out/b.mp4", "out/other/a.mp4"] and made[2].read_bytes() == film(2)
     data = bytearray((tmp_path / "a.zip").read_bytes())
     data[200:260] = bytes(60)
     (tmp_path / "b.zip").write_bytes(data)
@@ -689,7 +767,7 @@ def test_a_brands_folder(tmp_path):
     with (root / "copy.jsonl").open("a") as file:
         file.write('{"file": "gone.mp4", "text": "x"}\n{"txt": "slip"}\n')
     built = build("brand", root, tmp_path / "set", trigger="in blue")
-    assert {r.reason for r in built.dropped} == {"no such film", "not a row", "can't be read"}
+    assert {r.reason for r in built.dropped} == {"no such film", "not a row", "no caption"}
     assert all(s.caption.endswith(", in blue") for s in built.manifest)
     assert {s.facts["kind"] for s in built.manifest} == {"advert", "clip", "still"}
     assert {s.facts["brand_hash"] for s in built.manifest} == {Brand.load(root / "brand.json").hash}

@@ -195,7 +195,7 @@ def _brand_rows(root: Path, mark: "Brand", trigger: str) -> Iterator[Row]:
             try:
                 text = (texts.get(path.name) if not path.with_suffix(".txt").exists() else None) or said(path)
             except ValueError as err:
-                yield Row(where, None, "can't be read", str(err))
+                yield Row(where, None, "caption can't be read", str(err))
                 continue
             facts = {"source": "brand", "kind": kind.removesuffix("s"), "brand": mark.name, "brand_hash": mark.hash} | ({"copy": texts[path.name]} if path.name in texts else {})
             caption = f"{text}, {trigger}" if trigger and text and trigger not in text else text

@@ -11,6 +11,7 @@ import json
 import operator
 import os
 import re
+import threading
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -20,6 +21,7 @@ from pathlib import Path
 
 import numpy as np
 
+from .download import ARCHIVES
 from .manifest import Manifest, Sample, content, read_manifest, write_table
 from .sources import SOURCES, Row, rows_of
 from .video import BadVideo, check
@@ -57,7 +59,7 @@ class Probes:
     "What is known of files, in memory and as lines of a file."
 
     def __init__(self, path: Path, depth: int):
-        self.path, self.depth, self.known = path, depth, {}
+        self.path, self.depth, self.known, self.lock = path, depth, {}, threading.Lock()
         for text in path.read_text().splitlines() if path.exists() else ():
             try:
                 entry = json.loads(text)
@@ -82,7 +84,7 @@ class Probes:
             except (ValueError, OSError, MemoryError) as err:
                 facts = {"fault": "unreadable", "why": str(err)}
             self.known[key] = facts
-            with self.path.open("a") as out:
+            with self.lock, self.path.open("a") as out:
                 out.write("\n" * self._torn() + json.dumps({"key": key, "facts": facts}) + "\n")
         return self.known[key]
 
@@ -278,6 +280,12 @@ def _asked(folder: Path, request: dict, overwrite: bool) -> None:
         raise FileExistsError(f"{folder} holds another set ({differs}); choose another folder, or overwrite=True (--overwrite)")
 
 
+def _named(row: Row, source: str) -> Row:
+    "A row whose sample says where it is from, and under which licence if the source has one."
+    told = {"source": source} | ({"licence": SOURCES[source].licence} if SOURCES[source].licence else {})
+    return replace(row, sample=replace(row.sample, facts=told | row.sample.facts)) if row.sample else row
+
+
 def _placed(sample: Sample, folder: Path) -> Sample:
     "The sample with a path that can be found again."
     def path(word):
@@ -296,7 +304,9 @@ def _write(folder: Path, suffix: str, rows: list[Row], request: dict) -> Built:
     lines = ({"where": r.where, "reason": r.reason, "detail": r.detail} for r in dropped)
     atomic_write(folder / "dropped.jsonl", "".join(json.dumps(d, ensure_ascii=False) + "\n" for d in lines))
     if not samples:
-        raise ValueError(f"none of {len(rows)} rows is left: {', '.join(f'{n} {r}' for r, n in counts.items()) or 'the source is empty'}; each is listed in {folder / 'dropped.jsonl'}")
+        packed = counts.get("no such film") and any(p.name.endswith(ARCHIVES) for p in Path(request["root"]).rglob("*"))
+        hint = f"; films may lie in archives: vidgen data unpack {request['root']}" if packed else ""
+        raise ValueError(f"none of {len(rows)} rows is left: {', '.join(f'{n} {r}' for r, n in counts.items()) or 'the source is empty'}; each is listed in {folder / 'dropped.jsonl'}{hint}")
     for old in folder.glob("manifest.*"):
         if old.suffix != suffix:
             old.unlink()
@@ -330,9 +340,11 @@ def build(
     folder, conditions = Path(out).expanduser(), [condition(w) for w in where]
     place = str(root) if SOURCES.get(source) is None or str(root).split("/")[0].isdigit() else str(Path(root).expanduser().resolve())
     request = dict(source=source, root=place, where=[str(c) for c in conditions], near=near, depth=depth, table=table, options=options)
+    if Path(place).is_dir() and folder.resolve().is_relative_to(place):
+        raise ValueError(f"{folder} lies in {place}, and what is written there would be data the next time; choose a folder outside of it")
     rows = rows_of(source, place, work=folder / "media", **options)
     _asked(folder, request, overwrite)
     if near is not None:
         Near(near)
-    found = opened(list(rows), Probes(folder / "probes.jsonl", depth), workers=workers or min(8, os.cpu_count() or 1), progress=progress, cancel=cancel)
+    found = opened([_named(r, source) for r in rows], Probes(folder / "probes.jsonl", depth), workers=workers or min(8, os.cpu_count() or 1), progress=progress, cancel=cancel)
     return _write(folder, table, list(single(fitting(found, conditions), near)), request)

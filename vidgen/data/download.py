@@ -229,7 +229,7 @@ def join(
     return made
 
 # %% ../../nbs/40_data/423_download.ipynb #f00f2c35
-ARCHIVES = (".zip", ".tar", ".tgz", ".gz")
+ARCHIVES = (".zip", ".tar", ".tgz", ".tar.gz")
 
 
 def _entries(path: Path) -> tuple[object, list[tuple[str, int, object]]]:
@@ -244,6 +244,17 @@ def _entries(path: Path) -> tuple[object, list[tuple[str, int, object]]]:
         raise ValueError(f"{path} is no zip or tar archive, or is damaged: {err}; fetch it again") from err
 
 
+def _flat(names: list[str]) -> list[str]:
+    "Last parts of names in an archive; the second of a name keeps its folder, and whatever is left gets a number."
+    seen, out = set(), []
+    for i, name in enumerate(names):
+        last, folder = Path(name).name, Path(name).parent.name
+        tries = [last, f"{folder}/{last}" if folder not in ("", ".", "..") else last, f"{i}/{last}"]
+        out.append(next(t for t in tries if t not in seen))
+        seen.add(out[-1])
+    return out
+
+
 def unpack(
     path: Path | str,
     into: Path | str,    # films are put there by their last name
@@ -252,7 +263,8 @@ def unpack(
     into, made = Path(into), []
     archive, entries = _entries(Path(path))
     with archive:
-        wanted = [(Path(n).name, size, m) for n, size, m in entries if Path(n).suffix.lower() in (*MOVING, *PICTURES) and "__MACOSX" not in n and not Path(n).name.startswith(".")]
+        films = [(n, size, m) for n, size, m in entries if Path(n).suffix.lower() in (*MOVING, *PICTURES) and "__MACOSX" not in n and not Path(n).name.startswith(".")]
+        wanted = [(name, size, m) for name, (_, size, m) in zip(_flat([n for n, *_ in films]), films)]
         into.mkdir(parents=True, exist_ok=True)
         lacking = [e for e in wanted if not (into / e[0]).is_file() or (into / e[0]).stat().st_size != e[1]]
         if (need := sum(size for _, size, _ in lacking)) > (free := shutil.disk_usage(into).free):
@@ -271,7 +283,7 @@ def unpack_all(root: Path | str, *, progress: ProgressFn | None = None) -> list[
     "Join what is split and unpack every archive below a folder into `unpacked/ARCHIVE`. Errors: those of `join` and `unpack`."
     root, made = Path(root).expanduser(), []
     join(root)
-    found = sorted(p for p in root.rglob("*") if p.suffix.lower() in ARCHIVES and p.is_file() and "unpacked" not in p.relative_to(root).parts)
+    found = sorted(p for p in root.rglob("*") if p.name.lower().endswith(ARCHIVES) and p.is_file() and "unpacked" not in p.relative_to(root).parts)
     for i, path in enumerate(found, 1):
         made += unpack(path, root / "unpacked" / path.stem)
         if progress:

@@ -48,7 +48,7 @@ def boxes(data: bytes) -> list[tuple[str, int, int]]:
     return found
 
 
-def cut_short(data: bytes, share: float = 0.5) -> bytes:
+def cut_short(data: bytes, share: float = 0.8) -> bytes:
     "An MP4 whose header is whole, and of whose frames only the first part is there."
     where = {kind: (begin, end) for kind, begin, end in boxes(data)}
     begin, end = where["mdat"]
@@ -258,7 +258,7 @@ def _panda70m(made: Lookalike, n: int) -> None:
     made.put("whole/whole-film0.mp4", tagged(film(5), "whole"))
     rows.append(_panda_row("not-wanted0", ["a still", "two shots", "gone"], ["1_still_foreground_image", "desirable", "desirable"], [1, 2, 1]))
     rows.append(("broken-row0", "", "[['0:00:00.000', '0:00:01.000']]", "['one', 'two']", "[0.4]", "['desirable']", "[[['a', 'b']]]"))
-    rows.append(("program-row", "", "[['0:00:00.000', '0:00:01.000']]", "__import__('os').getcwd()", "[0.4]", "['desirable']", "[[]]"))
+    rows.append(("program-row", "", "[['0:00:00.000', '0:00:01.000']]", "[__import__('os').getcwd()]", "[0.4]", "['desirable']", "[[]]"))
     broken, odd = cases()
     for kind, data in [*odd.items(), *broken.items()]:
         name = f"00001/{len(rows) + 1:07d}_00000.mp4"

@@ -185,14 +185,14 @@ TABLES = (".jsonl", ".json", ".csv", ".parquet")
 
 def json_rows(path: Path) -> Iterator[tuple[str, object]]:
     "(where, value) of each line of JSON, or of each item of one JSON list; the value is a ValueError where it can't be read."
-    text = path.read_text(encoding="utf-8-sig")
-    if text.lstrip().startswith("["):
+    data = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
+    if data.lstrip().startswith(b"["):
         try:
-            yield from ((f"row {i}", v) for i, v in enumerate(json.loads(text), 1))
+            yield from ((f"row {i}", v) for i, v in enumerate(json.loads(data), 1))
         except ValueError as err:
             yield "the list", ValueError(f"it is no JSON: {err}")
         return
-    for i, part in enumerate(text.split("\n"), 1):
+    for i, part in enumerate(data.split(b"\n"), 1):
         if part.strip():
             try:
                 yield f"line {i}", json.loads(part)
@@ -201,19 +201,30 @@ def json_rows(path: Path) -> Iterator[tuple[str, object]]:
 
 
 def csv_rows(path: Path) -> Iterator[tuple[str, dict | ValueError]]:
-    "(where, cells) of each record of a CSV file with a header; a header that is repeated, and a record of another length, are ValueErrors."
+    "(where, cells) of each record of a CSV file with a header; a ValueError for one that repeats the header, has another length, or can't be read."
     csv.field_size_limit(2**31 - 1)
-    with path.open(newline="", encoding="utf-8-sig") as file:
+    with path.open(newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
         records = csv.reader(file)
-        header, last = next(records, []), 1
-        for cells in records:
+        header, last = next(records, []), records.line_num
+        while True:
+            try:
+                cells = next(records, None)
+            except csv.Error as err:
+                cells = ValueError(f"it is no CSV: {err}")
+            if cells is None:
+                return
             where, last = f"line {last + 1}", records.line_num
-            if cells == header:
-                yield where, ValueError("it repeats the header")
-            elif len(cells) != len(header):
-                yield where, ValueError(f"it has {len(cells)} cells, and the header {len(header)}")
-            else:
-                yield where, dict(zip(header, cells))
+            yield where, cells if isinstance(cells, ValueError) else _record(header, cells)
+
+
+def _record(header: list[str], cells: list[str]) -> dict | ValueError:
+    if cells == header:
+        return ValueError("it repeats the header")
+    if len(cells) != len(header):
+        return ValueError(f"it has {len(cells)} cells, and the header {len(header)}")
+    if any("\udc80" <= c <= "\udcff" for cell in cells if not cell.isascii() for c in cell):
+        return ValueError("it is not UTF-8")
+    return dict(zip(header, cells))
 
 
 def parquet_rows(path: Path) -> Iterator[tuple[str, dict]]:

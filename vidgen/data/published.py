@@ -41,8 +41,9 @@ def tables(root: Path, pattern: str) -> list[Path]:
     return found
 
 
-def spoken(captions: Iterable[str]) -> list[str]:
+def spoken(captions: Iterable[str] | str) -> list[str]:
     "Captions with single spaces; empty ones are left out."
+    captions = [captions] if isinstance(captions, str) else captions
     return [text for c in captions if (text := " ".join(str(c or "").split()))]
 
 
@@ -57,7 +58,7 @@ def _chosen(word: str, what: str, options: Iterable[str]) -> str:
     return word
 
 # %% ../../nbs/40_data/421_published.ipynb #e26424ed
-def _json_files(root: Path, pattern: str, archives: str) -> list[tuple[str, dict]]:
+def _json_files(root: Path, pattern: str, archives: str, kind: type) -> list[tuple[str, dict | list]]:
     "(name, content) of JSON files, or of those inside archives. Errors: FileNotFoundError; ValueError naming the file that is no JSON."
     try:
         found = [(p.name, p.read_bytes()) for p in tables(root, pattern)]
@@ -74,6 +75,8 @@ def _json_files(root: Path, pattern: str, archives: str) -> list[tuple[str, dict
             out.append((name, json.loads(data.decode("utf-8-sig"))))
         except ValueError as err:
             raise ValueError(f"{name} is no JSON: {err}; fetch it again") from err
+        if not isinstance(out[-1][1], kind):
+            raise ValueError(f"{name} is no table of this set: it holds a {type(out[-1][1]).__name__}, and should hold a {kind.__name__}")
     return out
 
 
@@ -94,16 +97,22 @@ def msrvtt(
     "Rows of MSR-VTT: one a caption. Errors: FileNotFoundError without a *videodatainfo.json; ValueError for a damaged one, or an unknown option."
     _chosen(captions, "choice of captions", ("all", "first"))
     _chosen(split, "split", ("", "train", "validate", "test"))
-    return _msrvtt(Path(root), _json_files(Path(root), "*videodatainfo.json", "*annotation*.zip"), split, captions)
+    return _msrvtt(Path(root), _json_files(Path(root), "*videodatainfo.json", "*annotation*.zip", dict), split, captions)
 
 
 def _msrvtt(root: Path, parts: list, split: str, captions: str) -> Iterator[Row]:
     files, names = Files(root), _categories(root)
     for name, part in parts:
         said: dict[str, list] = {}
-        for sentence in part.get("sentences", ()):
-            said.setdefault(str(sentence.get("video_id")), []).append(sentence.get("caption") or "")
-        for video in part.get("videos", ()):
+        for i, entry in enumerate(part.get("sentences", ())):
+            if isinstance(entry, dict) and entry.get("video_id"):
+                said.setdefault(str(entry["video_id"]), []).append(entry.get("caption") or "")
+            else:
+                yield Row(f"{name}, sentence {i}", None, "not a row", str(entry)[:80])
+        for i, video in enumerate(part.get("videos", ())):
+            if not isinstance(video, dict) or not video.get("video_id"):
+                yield Row(f"{name}, video {i}", None, "not a row", str(video)[:80])
+                continue
             key, where = str(video.get("video_id")), f"{name}, {video.get('video_id')}"
             if split and video.get("split") != split:
                 continue
@@ -141,7 +150,7 @@ def vatex(
     "Rows of VATEX: one a caption. Errors: FileNotFoundError without a vatex_*.json; ValueError for a damaged one, or an unknown option."
     _chosen(captions, "choice of captions", ("all", "first"))
     _chosen(language, "language", _VATEX)
-    parts = _json_files(Path(root), "vatex_*.json", "*vatex*.zip")
+    parts = _json_files(Path(root), "vatex_*.json", "*vatex*.zip", list)
     return _vatex(Path(root), [(n, p) for n, p in parts if split in n], captions, language)
 
 
@@ -205,7 +214,9 @@ def panda70m(
     desirable: bool = True,    # only clips marked desirable
     shots: int = 1,            # at most so many shots; 0: any number
 ) -> Iterator[Row]:
-    "Rows of Panda-70M: one a clip. Errors: FileNotFoundError without a CSV file."
+    "Rows of Panda-70M: one a clip. Errors: FileNotFoundError without a CSV file; ValueError for an option of another kind."
+    if not isinstance(desirable, bool) or not isinstance(shots, int):
+        raise ValueError(f"desirable is yes or no and shots a number, not {desirable!r} and {shots!r}")
     return _panda(Path(root), tables(Path(root), "*.csv"), desirable, shots)
 
 
@@ -222,7 +233,10 @@ def _panda(root: Path, paths: list[Path], desirable: bool, shots: int) -> Iterat
                 yield Row(where, None, "not a row", str(err))
                 continue
             for j, clip in enumerate(clips):
-                yield _panda_clip(files, f"{where}, clip {j}", cells, clip, i, j, desirable, shots)
+                try:
+                    yield _panda_clip(files, f"{where}, clip {j}", cells, clip, i, j, desirable, shots)
+                except (ValueError, TypeError, KeyError) as err:
+                    yield Row(f"{where}, clip {j}", None, "not a row", f"it has no {err}" if isinstance(err, KeyError) else str(err))
 
 
 def _panda_clip(files: Files, where: str, cells: dict, clip: dict, i: int, j: int, desirable: bool, shots: int) -> Row:
@@ -231,10 +245,7 @@ def _panda_clip(files: Files, where: str, cells: dict, clip: dict, i: int, j: in
         return Row(where, None, "not desirable", str(mark))
     if shots and found_shots > shots:
         return Row(where, None, "several shots", f"{found_shots} shots")
-    try:
-        start, end = map(seconds, clip["timestamp"])
-    except (ValueError, TypeError) as err:
-        return Row(where, None, "not a row", str(err))
+    start, end = map(seconds, clip["timestamp"])
     cut, whole = files.find(f"{i:07d}_{j:05d}.mp4", f"{i:07d}_{j:05d}"), files.find(f"{cells['videoID']}.mp4", cells["videoID"])
     if not (cut or whole):
         return Row(where, None, "no such film", f"{i:07d}_{j:05d}.mp4 or {cells['videoID']}.mp4")

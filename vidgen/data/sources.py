@@ -15,9 +15,9 @@ from dataclasses import asdict, dataclass
 from importlib import import_module
 from pathlib import Path
 
-from ..clip import Clip
+from ..clip import Clip, _read_note
 from .manifest import COLUMNS, TABLES, Manifest, Sample, beside, from_cells, from_row, read_manifest, table_rows
-from .video import MOVING, PICTURES
+from .video import MOVING, PICTURES, opened
 from ..errors import unknown
 from ..store import atomic_path
 
@@ -93,11 +93,22 @@ _METADATA = ("metadata.jsonl", "metadata.csv", "metadata.json", "metadata.parque
 
 
 def said(path: Path) -> str:
-    "The caption of a clip on disk: its text file, or the prompt it carries. Errors: ValueError for a text that is not UTF-8, or a clip that can't be read."
+    "The caption of a clip on disk: its text file, or the prompt it carries, or nothing. Errors: ValueError for a text that is not UTF-8."
     beside = path.with_suffix(".txt")
     if beside.exists():
         return beside.read_text(encoding="utf-8-sig").strip()
-    return str((Clip.open(path).made or {}).get("prompt", "")) if path.suffix.lower() in (".mp4", ".gif", ".png") else ""
+    try:
+        return str(_carried(path).get("prompt", ""))
+    except ValueError:  # a film that can't be read has no caption; what is wrong with it is for the builder to say
+        return ""
+
+
+def _carried(path: Path) -> dict:
+    "What made a clip, by its own metadata; films are not decoded for it. Errors: ValueError for a file that can't be read."
+    if path.suffix.lower() == ".mp4":
+        with opened(path) as (container, _):
+            return _read_note(container.metadata.get("comment")).get("made", {})
+    return Clip.open(path).made if path.suffix.lower() in (".gif", ".png") else {}
 
 
 def _pairs(root: Path) -> Iterator[Row]:
@@ -106,7 +117,7 @@ def _pairs(root: Path) -> Iterator[Row]:
         try:
             yield Row(path.relative_to(root).as_posix(), Sample(str(path), said(path)))
         except ValueError as err:
-            yield Row(path.relative_to(root).as_posix(), None, "can't be read", str(err))
+            yield Row(path.relative_to(root).as_posix(), None, "caption can't be read", str(err))
 
 
 def _first(root: Path, names: Iterable[str]) -> Path | None:
