@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['OPTIMIZERS', 'SCHEDULES', 'TrainConfig', 'hidden_matrices', 'optimizers', 'State', 'save_state', 'same_config',
-           'load_state', 'Shelf', 'Alone', 'rngs', 'slope', 'update', 'explodes', 'halt', 'fit', 'note', 'record']
+           'load_state', 'Shelf', 'Alone', 'rngs', 'slope', 'update', 'note', 'record', 'explodes', 'halt', 'fit']
 
 # %% ../../nbs/50_train/51_loop.ipynb #91da8884
 import json
@@ -253,6 +253,21 @@ def update(state: State):
     state.step += 1
     state.average()
 
+# %% ../../nbs/50_train/51_loop.ipynb #9cbad2cc
+def note(state: State, run, stage: str, progress: ProgressFn | None, norm: float):
+    "The mean loss since the last note, onto the curve and into the run."
+    state.curve.append([state.step, round(sum(state.recent) / len(state.recent), 5)])
+    record(state, run, stage, progress, loss=state.curve[-1][1], grad_norm=norm, lr=state.config.lr_at(state.step - 1), seconds=state.seconds)
+    state.recent.clear()
+
+
+def record(state: State, run, stage: str, progress: ProgressFn | None, **metrics):
+    "Metrics into the run, and a word to whoever watches."
+    if run:
+        run.log(step=state.step, **{f"{stage}/{k}": v for k, v in metrics.items()})
+    if progress:
+        progress(Progress(stage, state.step, state.config.steps, note=" ".join(f"{k} {v:.4g}" for k, v in metrics.items())))
+
 # %% ../../nbs/50_train/51_loop.ipynb #7bb254a3
 def explodes(state: State) -> bool:
     "Is the mean loss of late more than `config.diverged` times the first one?"
@@ -320,18 +335,3 @@ def fit(
         if done:
             break
     return state
-
-# %% ../../nbs/50_train/51_loop.ipynb #9cbad2cc
-def note(state: State, run, stage: str, progress: ProgressFn | None, norm: float):
-    "The mean loss since the last note, onto the curve and into the run."
-    state.curve.append([state.step, round(sum(state.recent) / len(state.recent), 5)])
-    record(state, run, stage, progress, loss=state.curve[-1][1], grad_norm=norm, lr=state.config.lr_at(state.step - 1), seconds=state.seconds)
-    state.recent.clear()
-
-
-def record(state: State, run, stage: str, progress: ProgressFn | None, **metrics):
-    "Metrics into the run, and a word to whoever watches."
-    if run:
-        run.log(step=state.step, **{f"{stage}/{k}": v for k, v in metrics.items()})
-    if progress:
-        progress(Progress(stage, state.step, state.config.steps, note=" ".join(f"{k} {v:.4g}" for k, v in metrics.items())))

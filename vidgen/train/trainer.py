@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['IDENTITY', 'clip_generators', 'Learner', 'here', 'noisy', 'arithmetic', 'Data', 'manifests', 'prepared', 'Feed',
-           'together', 'loop_config', 'Training', 'identity', 'same_run', 'begun', 'Trained', 'train', 'created',
-           'reopened', 'finished']
+           'together', 'loop_config', 'Training', 'identity', 'same_run', 'begun', 'Trained', 'finished', 'created',
+           'reopened', 'train']
 
 # %% ../../nbs/50_train/55_trainer.ipynb #f33bbcbb
 import hashlib
@@ -286,65 +286,6 @@ class Trained:
         return f"{self.folder}: {self.steps} steps; " + ", ".join(lines)
 
 
-def train(
-    r: Recipe,
-    *,
-    run=None,                            # a Run, which the caller ends; None: a new one
-    name: str = "train",                 # of the new run
-    progress: ProgressFn | None = None,  # None: a bar, where somebody looks
-    cancel: Cancel | None = None,        # a checkpoint is written first
-    force: bool = False,                 # go on with a run that was begun otherwise
-    team=Alone(),
-) -> Trained | None:
-    "Train by a recipe, from the run's last checkpoint if it has one. Errors: ValueError for what can't be; FloatingPointError when the loss explodes; Canceled. A process that isn't the first gets None."
-    if run:
-        return _train(r, run, progress, cancel, force, team)
-    run = created(r, team, name)
-    with nullcontext() if team.rank else run:
-        found = _train(r, run, progress, cancel, force, team)
-        if found:
-            run.finish(steps=found.steps, before=found.before, after=found.after, folder=str(found.folder))
-    return found
-
-# %% ../../nbs/50_train/55_trainer.ipynb #a08e1b29
-def created(r: Recipe, team=Alone(), name: str = "train"):
-    "A new Run, made by the first process and known to all; the others write nothing into it."
-    kinds = [t.strip() for t in r.trackers.split(",") if t.strip()] or None
-    path = team.same("" if team.rank else str(runs.Run.create(name, r.to_dict(), trackers=kinds).path))
-    return runs.Run.open(path, trackers=kinds, watch=bool(team.rank))
-
-
-def reopened(folder: Path | str) -> tuple[Recipe, "runs.Run"]:
-    "The recipe and the Run of a folder, to go on with. Errors: FileNotFoundError, ValueError for a run that is no training or still runs."
-    import psutil
-
-    run = runs.Run.open(folder)
-    if "recipe" not in (note := json.loads((run.path / IDENTITY).read_text()) if (run.path / IDENTITY).exists() else {"recipe": run.params}) or "data" not in note["recipe"]:
-        raise ValueError(f"{run.path} is no training run: it has no {IDENTITY}")
-    if run.status == "running" and run.manifest["process"]["pid"] != os.getpid():
-        raise ValueError(f"{run.path} is running: process {run.manifest['process']['pid']}")
-    run.manifest.update(status="running", ended=None, error=None, process={"pid": os.getpid(), "born": psutil.Process().create_time(), "host": platform.node()})
-    run.save()
-    return recipe(note["recipe"], str(run.path)), run
-
-# %% ../../nbs/50_train/55_trainer.ipynb #8cb4c3fa
-def _train(r: Recipe, run, progress, cancel, force: bool, team) -> Trained | None:
-    with bar("train") as drawn:
-        progress = progress or drawn
-        it = begun(r, run, progress=progress, cancel=cancel, force=force, team=team)
-        before = run.path / "before.json"
-        if team.rank == 0 and not before.exists():
-            _write(before, _judged(it, "before"))
-        it.learner.transformer.train()
-        feed, model = Feed(r, it.data, team), team.wrapped(it.learner)
-        try:
-            fit(it.learner, feed.batch_at, model, loop_config(r), folder=it.folder, run=None if team.rank else run, progress=progress, cancel=cancel, watch=it.watch,
-                keep=r.keep, by_number=True, team=team, state=it.state)
-        finally:
-            feed.close()
-        return None if team.rank else finished(it, json.loads(before.read_text()))
-
-
 def _judged(it: Training, when: str) -> dict:
     "Held-out losses and metrics of clips."
     return {f"loss/{k}": v for k, v in it.held().items()} | it.clips(when)[1]
@@ -374,3 +315,62 @@ def _whole(it: Training, folder: Path, facts: dict) -> None:
 
     save_parts(it.gen.parts, folder)
     _write(folder / "vidgen.json", facts)
+
+# %% ../../nbs/50_train/55_trainer.ipynb #a08e1b29
+def created(r: Recipe, team=Alone(), name: str = "train"):
+    "A new Run, made by the first process and known to all; the others write nothing into it."
+    kinds = [t.strip() for t in r.trackers.split(",") if t.strip()] or None
+    path = team.same("" if team.rank else str(runs.Run.create(name, r.to_dict(), trackers=kinds).path))
+    return runs.Run.open(path, trackers=kinds, watch=bool(team.rank))
+
+
+def reopened(folder: Path | str) -> tuple[Recipe, "runs.Run"]:
+    "The recipe and the Run of a folder, to go on with. Errors: FileNotFoundError, ValueError for a run that is no training or still runs."
+    import psutil
+
+    run = runs.Run.open(folder)
+    if "recipe" not in (note := json.loads((run.path / IDENTITY).read_text()) if (run.path / IDENTITY).exists() else {"recipe": run.params}) or "data" not in note["recipe"]:
+        raise ValueError(f"{run.path} is no training run: it has no {IDENTITY}")
+    if run.status == "running" and run.manifest["process"]["pid"] != os.getpid():
+        raise ValueError(f"{run.path} is running: process {run.manifest['process']['pid']}")
+    run.manifest.update(status="running", ended=None, error=None, process={"pid": os.getpid(), "born": psutil.Process().create_time(), "host": platform.node()})
+    run.save()
+    return recipe(note["recipe"], str(run.path)), run
+
+# %% ../../nbs/50_train/55_trainer.ipynb #8cb4c3fa
+def train(
+    r: Recipe,
+    *,
+    run=None,                            # a Run, which the caller ends; None: a new one
+    name: str = "train",                 # of the new run
+    progress: ProgressFn | None = None,  # None: a bar, where somebody looks
+    cancel: Cancel | None = None,        # a checkpoint is written first
+    force: bool = False,                 # go on with a run that was begun otherwise
+    team=Alone(),
+) -> Trained | None:
+    "Train by a recipe, from the run's last checkpoint if it has one. Errors: ValueError for what can't be; FloatingPointError when the loss explodes; Canceled. A process that isn't the first gets None."
+    if run:
+        return _train(r, run, progress, cancel, force, team)
+    run = created(r, team, name)
+    with nullcontext() if team.rank else run:
+        found = _train(r, run, progress, cancel, force, team)
+        if found:
+            run.finish(steps=found.steps, before=found.before, after=found.after, folder=str(found.folder))
+    return found
+
+
+def _train(r: Recipe, run, progress, cancel, force: bool, team) -> Trained | None:
+    with bar("train") as drawn:
+        progress = progress or drawn
+        it = begun(r, run, progress=progress, cancel=cancel, force=force, team=team)
+        before = run.path / "before.json"
+        if team.rank == 0 and not before.exists():
+            _write(before, _judged(it, "before"))
+        it.learner.transformer.train()
+        feed, model = Feed(r, it.data, team), team.wrapped(it.learner)
+        try:
+            fit(it.learner, feed.batch_at, model, loop_config(r), folder=it.folder, run=None if team.rank else run, progress=progress, cancel=cancel, watch=it.watch,
+                keep=r.keep, by_number=True, team=team, state=it.state)
+        finally:
+            feed.close()
+        return None if team.rank else finished(it, json.loads(before.read_text()))
