@@ -270,8 +270,9 @@ def record(state: State, run, stage: str, progress: ProgressFn | None, **metrics
 
 # %% ../../nbs/50_train/51_loop.ipynb #7bb254a3
 def explodes(state: State) -> bool:
-    "Is the mean loss of late more than `config.diverged` times the first one?"
-    return bool(state.config.diverged and len(state.curve) > 1 and state.curve[-1][1] > state.config.diverged * state.curve[0][1])
+    "Is the mean loss of the last fifty steps more than `config.diverged` times that of the first fifty?"
+    found, count = [loss for _, loss in state.curve], -(-50 // state.config.log_every)
+    return bool(state.config.diverged and len(found) > count and sum(found[-count:]) > state.config.diverged * sum(found[:count]))
 
 
 def halt(state: State, shelf: Shelf, err: str) -> FloatingPointError:
