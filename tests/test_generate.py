@@ -1,5 +1,7 @@
 """The denoising loop against the stock pipelines, clips that own their seed, cancellation, and everything a person can get wrong."""
 import gc
+import subprocess
+import sys
 import warnings
 import weakref
 
@@ -11,7 +13,7 @@ from PIL import Image
 from vidgen.clip import Clip
 from vidgen.errors import Canceled
 from vidgen.generate import baseline
-from vidgen.generate.generator import Generator, first_frame
+from vidgen.generate.generator import Generator, first_frame, peak_gib
 from vidgen.generate.guidance import SCHEDULES, dynamic, dynamic_diffusers, schedule
 from vidgen.models import registry
 from vidgen.models.family import family, stock
@@ -361,3 +363,11 @@ def test_a_word_that_is_no_keyword_is_told_the_right_one(word, right):
 def test_zero_is_a_word_and_no_default(asked, says):
     with pytest.raises(ValueError, match=says):
         generator().generate("a red circle", **asked)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="Linux tells a process the peak of what started it")
+def test_a_child_has_a_peak_of_its_own():
+    held = np.ones(2**27)  # 1 GiB
+    del held
+    child = subprocess.run([sys.executable, "-c", "from vidgen.generate.generator import peak_gib; print(peak_gib('cpu')['host'])"], capture_output=True, text=True, check=True)
+    assert float(child.stdout) < peak_gib("cpu")["host"] - 0.2
