@@ -6,7 +6,6 @@
 __all__ = ['WAITING', 'commit', 'Claim']
 
 # %% ../../nbs/70_serve/723_claims.ipynb #7d17d613
-from functools import cached_property
 from pathlib import Path
 
 from ..errors import Canceled
@@ -26,7 +25,7 @@ class _Held:
         stage = ledger.t.stage
         self.done = {r.name: r.output for r in ledger.run(stage.select().where(stage.c.job == row.id).order_by(stage.c.n))}  # finished stages and what they noted
 
-    @cached_property
+    @property
     def staging(self) -> Path:
         "The folder to write files to; it is this claim's alone, and goes when the claim does."
         return storage.staging(self.jobs.root, self.job.id, self.fence)
