@@ -108,23 +108,27 @@ def test_a_repeated_job_is_a_new_one_and_the_old_keeps_its_end(jobs):
 
 # R2, R10: zombies and poison
 
+def one_zombie(jobs, clock, n):
+    job = jobs.submit("noop", {"n": n})
+    zombie = jobs.claim("asleep")
+    clock[0] += 61
+    assert jobs.reap() == 1
+    clock[0] += 5
+    awake = jobs.claim("awake")
+    acts = [lambda: zombie.publish([write(zombie, data=b"late")], {}), zombie.renew, zombie.cancel_requested, zombie.canceled, lambda: zombie.fail({"code": "x", "message": ""}),
+            lambda: zombie.event("progress", {}), lambda: zombie.stage("s"), lambda: zombie.preview(write(zombie, "p.png")), lambda: zombie.release("x")]
+    for act in acts[: 9 if n == 0 else 1]:
+        with pytest.raises(Lost):
+            act()
+    awake.publish([write(awake, data=b"in time")], {"n": n})
+    with pytest.raises(Lost):
+        zombie.publish([write(zombie, data=b"later")], {})
+    assert [a.path.read_bytes() for a in jobs.artifacts(job.id)] == [b"in time"]
+
+
 def test_a_zombie_publishes_nothing(jobs, clock):
     for n in range(20):
-        job = jobs.submit("noop", {"n": n})
-        zombie = jobs.claim("asleep")
-        clock[0] += 61
-        assert jobs.reap() == 1
-        clock[0] += 5
-        awake = jobs.claim("awake")
-        acts = [lambda: zombie.publish([write(zombie, data=b"late")], {}), zombie.renew, zombie.cancel_requested, zombie.canceled, lambda: zombie.fail({"code": "x", "message": ""}),
-                lambda: zombie.event("progress", {}), lambda: zombie.stage("s"), lambda: zombie.preview(write(zombie, "p.png")), lambda: zombie.release("x")]
-        for act in acts[: 9 if n == 0 else 1]:
-            with pytest.raises(Lost):
-                act()
-        awake.publish([write(awake, data=b"in time")], {"n": n})
-        with pytest.raises(Lost):
-            zombie.publish([write(zombie, data=b"later")], {})
-        assert [a.path.read_bytes() for a in jobs.artifacts(job.id)] == [b"in time"]
+        one_zombie(jobs, clock, n)
     assert whole(jobs) == {"succeeded": 20}
 
 
@@ -273,29 +277,30 @@ def test_expiry_races_with_claim(jobs, clock):
     assert whole(jobs) == {"expired": 25}
 
 
+def one_race(jobs, early):
+    job = jobs.submit("noop", {})
+    if early:
+        canceled, claim = racing(lambda: jobs.cancel(job.id), lambda: jobs.claim("w"))
+        done = Canceled()
+        if claim is None:
+            assert canceled.state == "canceled"
+    else:
+        claim = jobs.claim("w")
+        path = write(claim)
+        canceled, done = racing(lambda: jobs.cancel(job.id), lambda: claim.publish([path], {}))
+    if not isinstance(done, Canceled):
+        assert isinstance(canceled, Conflict)
+    elif claim:
+        assert claim.cancel_requested() and claim.canceled().state == "canceled"
+    now = jobs.get(job.id)
+    assert (now.state == "succeeded") == bool(jobs.artifacts(job.id))
+    return now.state
+
+
 def test_cancel_races_with_everything(jobs):
-    rng, ends = random.Random(3), Counter()
-    for _ in range(40):
-        job = jobs.submit("noop", {})
-        if rng.random() < 0.3:
-            canceled, claim = racing(lambda: jobs.cancel(job.id), lambda: jobs.claim("w"))
-            if claim is None:
-                assert canceled.state == "canceled"
-                ends["canceled"] += 1
-                continue
-            done = Canceled()
-        else:
-            claim = jobs.claim("w")
-            path = write(claim)
-            canceled, done = racing(lambda: jobs.cancel(job.id), lambda: claim.publish([path], {}))
-        if isinstance(done, Canceled):
-            assert claim.cancel_requested() and claim.canceled().state == "canceled"
-        else:
-            assert isinstance(canceled, Conflict)
-        now = jobs.get(job.id)
-        ends[now.state] += 1
-        assert (now.state == "succeeded") == bool(jobs.artifacts(job.id))
-    assert ends["canceled"] and set(ends) <= {"canceled", "succeeded"}
+    rng = random.Random(3)
+    ends = Counter(one_race(jobs, rng.random() < 0.3) for _ in range(40))
+    assert ends["canceled"] and set(ends) <= {"canceled", "succeeded"} and whole(jobs) == ends
 
 
 def test_after_a_cancel_was_accepted_a_job_never_succeeds(jobs, clock):
@@ -402,31 +407,43 @@ def finish_all(jobs, clock):
             return
 
 
+def fresh(database, space, n):
+    "(address, folder) of nothing: SQLite gets a new file, PostgreSQL's tables are emptied."
+    if database.startswith("sqlite"):
+        return database.replace("vidgen.db", f"{n}.db"), space / str(n)
+    jobs = Jobs.open(database, space)
+    with jobs.writing() as ledger:
+        for table in reversed(ledger.t.meta.sorted_tables):
+            if table.name != "about":
+                ledger.run(table.delete())
+    jobs.close()
+    return database, space / str(n)
+
+
+def one_death(url, root, n, capfd):
+    "Die at the n-th point, then check what a new service makes of it; returns the exit status of the one that died."
+    clock = [1000.0]
+    status = in_child(lambda: a_life(url, root, [1000.0], n))
+    accepted = capfd.readouterr().out.split()
+    jobs = Jobs.open(url, root, least_free_gib=0, clock=lambda: clock[0])
+    finish_all(jobs, clock)
+    assert set(whole(jobs)) <= set(ENDED), n
+    for job_id in accepted[:1]:
+        files = jobs.artifacts(job_id)
+        assert jobs.get(job_id).state == "succeeded" and sum(f.name == "clip.mp4" for f in files) == 1, n
+    again = jobs.submit("noop", {"n": 1}, owner="a", key="1")
+    assert not accepted or again.id == accepted[0], "an accepted job is found by its key"
+    jobs.sweep()
+    assert not list((root / "staging").glob("*")), n
+    jobs.close()
+    return status
+
+
 def test_dying_at_any_point_loses_nothing_and_publishes_nothing_twice(database, space, capfd):
     n, status = 0, 9
     while status == 9:
         n += 1
-        root, clock = space / str(n), [1000.0]
-        url = database.replace("vidgen.db", f"{n}.db") if database.startswith("sqlite") else database
-        status = in_child(lambda: a_life(url, root, [1000.0], n))
-        accepted = capfd.readouterr().out.split()
-        jobs = Jobs.open(url, root, least_free_gib=0, clock=lambda: clock[0])
-        finish_all(jobs, clock)
-        states = whole(jobs)
-        assert set(states) <= set(ENDED), (n, states)
-        for job_id in accepted[:1]:
-            files = jobs.artifacts(job_id)
-            assert jobs.get(job_id).state == "succeeded" and sum(f.name == "clip.mp4" for f in files) == 1, n
-            assert all(f.gone or storage.sha256(f.path) == f.sha256 for f in files)
-        again = jobs.submit("noop", {"n": 1}, owner="a", key="1")
-        assert not accepted or again.id == accepted[0], "an accepted job is found by its key"
-        jobs.sweep()
-        assert not list((root / "staging").glob("*")), (n, list((root / "staging").glob("*")))
-        with jobs.writing() as ledger:
-            for table in reversed(ledger.t.meta.sorted_tables):
-                if table.name != "about":
-                    ledger.run(table.delete())
-        jobs.close()
+        status = one_death(*fresh(database, space, n), n, capfd)
     assert status == 0 and n > 60, f"{n} points, then exit status {status}"
 
 
@@ -530,38 +547,37 @@ def test_a_damaged_database_is_refused(tmp_path):
 
 # R19: files
 
-def test_the_sweeper_may_die_anywhere(database, space):
-    def sweep(n, root, url):
+def one_sweep(url, root, n):
+    "Die at the n-th point of a sweep; files and rows agree then, and all is gone after the next one."
+    def sweep():
         jobs = Jobs.open(url, root, least_free_gib=0, clock=lambda: 1e9)
         dies_at(jobs, n)
         jobs.sweep()
 
+    jobs = Jobs.open(url, root, least_free_gib=0, clock=lambda: 1000.0)
+    job = jobs.submit("noop", {})
+    claim = jobs.claim("w")
+    claim.publish([write(claim), write(claim, "b.png")], {})
+    sent = jobs.keep(b"picture", "a.png")
+    (root / "staging" / f"{job.id}.7").mkdir()
+    jobs.close()
+    status = in_child(sweep)
+    jobs = Jobs.open(url, root, least_free_gib=0, clock=lambda: 1e9)
+    for file in jobs.artifacts(job.id):
+        assert file.expires_at and (file.gone or file.path.exists()), "a row promises a file that is gone"
+    for path in jobs.orphans():
+        os.utime(path, (0, 0))
+    jobs.sweep()
+    assert jobs.orphans() == [] and all(f.gone and not f.path.exists() for f in (*jobs.artifacts(job.id), jobs.kept(sent.id)))
+    jobs.close()
+    return status
+
+
+def test_the_sweeper_may_die_anywhere(database, space):
     n, status = 0, 9
     while status == 9:
         n += 1
-        root = space / str(n)
-        url = database.replace("vidgen.db", f"{n}.db") if database.startswith("sqlite") else database
-        now = [1000.0]
-        jobs = Jobs.open(url, root, least_free_gib=0, clock=lambda: now[0])
-        job = jobs.submit("noop", {})
-        claim = jobs.claim("w")
-        claim.publish([write(claim), write(claim, "b.png")], {})
-        sent = jobs.keep(b"picture", "a.png")
-        (root / "staging" / f"{job.id}.7").mkdir()
-        jobs.close()
-        status = in_child(lambda: sweep(n, root, url))
-        jobs = Jobs.open(url, root, least_free_gib=0, clock=lambda: 1e9)
-        for file in jobs.artifacts(job.id):
-            assert file.expires_at and (file.gone or file.path.exists()), "a row promises a file that is gone"
-        for path in jobs.orphans():
-            os.utime(path, (0, 0))
-        jobs.sweep()
-        assert jobs.orphans() == [] and all(f.gone and not f.path.exists() for f in (*jobs.artifacts(job.id), jobs.kept(sent.id)))
-        with jobs.writing() as ledger:
-            for table in reversed(ledger.t.meta.sorted_tables):
-                if table.name != "about":
-                    ledger.run(table.delete())
-        jobs.close()
+        status = one_sweep(*fresh(database, space, n), n)
     assert status == 0 and n > 5
 
 
