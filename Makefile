@@ -29,7 +29,7 @@ $(READY): pyproject.toml
 	  echo "installed in $$SECONDS s"
 	@touch $@
 
-.PHONY: demo evaluate test soak lab export lint clean
+.PHONY: demo evaluate test services test-services soak lab export lint clean
 demo: $(READY) ## make .venv, install, and turn a prompt into a measured clip
 	@HF_HUB_OFFLINE=1 $(BIN)/vidgen sweep experiments/001_first_clip --preset cpu --force
 
@@ -44,7 +44,18 @@ $(VENV)/.track: $(READY)
 	@$(BIN)/python -m pip install --progress-bar off -e '.[track]' > $(VENV)/track.log 2>&1 || { tail -n 15 $(VENV)/track.log; exit 1; }
 	@touch $@
 
-soak: $(VENV)/.track ## the slow tests: the classic flow engine, real trackers
+services: ## install what test-services needs from Debian: PostgreSQL, Redis, Prometheus (promtool), Chromium
+	@if [ "$$(id -u)" = 0 ]; then sudo=; else sudo=sudo; fi; \
+	command -v apt-get >/dev/null || { echo "this needs Debian or Ubuntu; elsewhere install PostgreSQL, Redis, promtool and Chromium by hand"; exit 1; }; \
+	$$sudo apt-get update -q && DEBIAN_FRONTEND=noninteractive $$sudo apt-get install -q -y --no-install-recommends postgresql redis-server prometheus chromium
+
+test-services: $(READY) ## tests against private servers on loopback: PostgreSQL, Redis, a browser
+	@missing=; for program in redis-server promtool chromium; do command -v $$program >/dev/null || missing="$$missing $$program"; done; \
+	ls /usr/lib/postgresql/*/bin/initdb >/dev/null 2>&1 || command -v initdb >/dev/null || missing="$$missing initdb"; \
+	[ -z "$$missing" ] || { echo "missing:$$missing; \`make services\` installs them from Debian's packages"; exit 1; }
+	@HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -m "services and not slow" --durations=5 tests
+
+soak: $(VENV)/.track ## the slow tests: the classic flow engine, real trackers, kill loops, 120,000 random events
 	@HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -m slow tests
 
 lab: $(READY) ## JupyterLab on the notebooks
