@@ -123,9 +123,9 @@ class Settings:
     redis: str = ""
     parent: int = 0                      # the worker stops when this process is gone
 
-
-class Worker:
-    "Takes up jobs, one after the other, until it is told to stop."
+# %% ../../nbs/70_serve/75_worker.ipynb #86014830
+class _Slot:
+    "A worker's place in the tables."
 
     def __init__(self, jobs: Jobs, settings: Settings, pool: Pool, bell=None):
         self.jobs, self.own, self.pool, self.bell = jobs, settings, pool, bell
@@ -160,6 +160,10 @@ class Worker:
         with self.jobs.reading() as ledger:
             t = ledger.t.job
             return ledger.run(t.select().where(t.c.state == "queued", t.c.not_before <= ledger.now).limit(1)).first() is not None
+
+# %% ../../nbs/70_serve/75_worker.ipynb #b3eb9020
+class Worker(_Slot):
+    "Takes up jobs, one after the other, until it is told to stop."
 
     def once(self) -> bool:
         "Do one job if there is one; returns whether there was."
