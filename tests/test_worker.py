@@ -286,7 +286,7 @@ def test_a_clip_is_made_trimmed_scored_and_previewed(here):
     again = jobs.submit("generate", spec | {"seed": 5, "score": False})
     worker.once()
     same, = [a for a in jobs.artifacts(again.id) if a.name == "clip.mp4"]
-    assert same.sha256 == files["clip.mp4"].sha256, "the same seed gives the same file"
+    assert (Clip.open(same.path).frames == Clip.open(files["clip.mp4"].path).frames).all(), "the same seed gives the same clip"
     asked = jobs.submit("generate", spec | {"num_inference_steps": 200})
     threading.Timer(0.5, lambda: jobs.cancel(asked.id)).start()
     worker.once()
