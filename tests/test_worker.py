@@ -237,7 +237,8 @@ def one_sleeper(jobs, database, space, n):
     job = jobs.submit("three", {"n": n, "seconds": 0.3})
     pid = born(database, space / "files", f"sleeper{n}", 0.5)
     until(lambda: jobs.get(job.id).state == "running")
-    os.kill(pid, signal.SIGSTOP)
+    with jobs.writing():  # so that on SQLite it doesn't fall asleep with the lock; PostgreSQL takes the lock away
+        os.kill(pid, signal.SIGSTOP)
     time.sleep(0.7)
     assert jobs.reap() == 1
     now_at_once(jobs)
@@ -320,3 +321,33 @@ def test_the_pool_lets_go_of_what_was_used_longest_ago():
     assert pool.warm == ("p3",)
     with pytest.raises(ValueError, match="loaded model"):
         pool.drop("x1")
+
+
+def test_an_idle_worker_lets_go_of_its_models_for_a_job_that_needs_the_memory(here):
+    jobs, idle = here
+    idle.own.slot, idle.pool = "d", Pool(lambda name: Toy(60))
+    idle.pool.get("warm")
+    with jobs.writing() as ledger:
+        ledger.run(ledger.t.device.insert().values(name="d", total_mib=100, seen=ledger.now + 1e6))
+    idle.beat("idle")
+    other = Worker(jobs, Settings("", "", name="other", slot="d"), Pool(None))
+    large = jobs.submit("noop", {}, memory_mib=80)
+    with jobs.writing() as ledger:
+        ledger.run(ledger.t.job.update().values(skipped=5))  # it has let enough others pass
+    assert not other.once() and jobs.get(large.id).state == "queued", "60 of 100 MiB are held by a worker that does nothing"
+    idle.make_room()
+    assert idle.pool.warm == () and other.once() and jobs.get(large.id).state == "succeeded"
+
+
+def test_a_worker_that_says_nothing_is_killed(database, space):
+    jobs = Jobs.open(database, space / "files", least_free_gib=0)
+    supervisor = Supervisor(jobs, settings(database, space), [])
+    killed = []
+    for n, state in enumerate(("busy", "starting", "idle")):
+        with jobs.writing() as ledger:
+            ledger.run(ledger.t.worker.insert().values(id=f"w{n}", host="h", pid=1, device="d", heartbeat=ledger.now - (0 if state == "idle" else 200), resident_mib=0, warm=[], state=state))
+        process = type("Process", (), {"kill": lambda self, n=n: killed.append(n)})()
+        supervisor.posts.append(type("Post", (), {"process": process, "name": f"w{n}"})())
+    supervisor.kill_disobedient()
+    assert killed == [0]
+    jobs.close()
