@@ -21,6 +21,7 @@ WAITING = dict(state="queued", worker=None, lease_until=None, device=None, booke
 class _Held:
     "A job under a fence: what its holder may always do."
     patience = 0.0  # seconds to wait for a database that is gone, where the work would be lost otherwise
+    published = False
 
     def __init__(self, jobs, ledger: Ledger, row):
         self.jobs, self.job, self.fence, self.ending = jobs, record(Job, row), row.fence, row.ending
@@ -143,9 +144,12 @@ class Claim(_Staged):
     "A job under a fence, with a folder `staging` to write to. Every method raises Lost once somebody else has the job."
 
     def publish(self, files, result: dict) -> Job:
-        "Succeed: the files and the result are there for all, at once. Errors: Canceled if that was asked before."
+        "Succeed: the files and the result are there for all, at once. Errors: Canceled if that was asked before; a second time Lost."
+        if self.published:
+            raise self._lost()  # it would move new files over those that everybody sees
         rows = storage.place_all(self.jobs, self, [Path(f) for f in files], result)
         job = self._write(lambda ledger: commit(ledger, self.job.id, self.fence, rows, result))
+        self.published = True
         storage.clear(self.jobs.root, self.job.id, self.fence)
         return job
 
