@@ -47,7 +47,8 @@ COMMANDS = {
         vidgen train experiments/030_lora_brand/params/cpu.yaml
         vidgen train mine.yaml --set lr 5e-4 --set rank 8
         vidgen train --resume runs/train-…
-        torchrun --nproc-per-node 2 --no-python vidgen train mine.yaml"""),
+        torchrun --nproc-per-node 2 --no-python vidgen train mine.yaml
+        vidgen train mine.yaml --ray-workers 2"""),
     "validate": Command("vidgen.train.command:validate", "Clips and metrics of an adapter, without it and with it.", """
         vidgen validate runs/train-…/adapter --scenarios press.yaml
         vidgen validate my-brand --scenarios press.txt --metrics brand_score --brand brand.json"""),
