@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -95,9 +96,9 @@ def work(folder: str) -> None:
     run = runs.Run.open(folder, trackers=[], watch=bool(ranks.rank))
     it = trainer.begun(r, run, progress=lambda event: None, team=ranks)
     it.learner.transformer.train()
-    model, feed = ranks.wrapped(it.learner), trainer.Feed(r, it.data, ranks)
+    feed = trainer.Feed(r, it.data, ranks)
     every = sum(p.nbytes for p in it.learner.parameters())
-    seconds, seen = steps_of(it, feed, model, ranks, facts["steps"])
+    seconds, seen = steps_of(it, feed, it.model, ranks, facts["steps"])
     feed.close()
     found = {"seconds": seconds, "calls": seen.calls, "sent": seen.sent, "held": held_bytes(it.state), "every": every, "learned": sum(p.nbytes for p in it.state.params.values()),
              "peak": runs.peak_memory()}
@@ -130,9 +131,9 @@ def measure(r: Recipe, processes: int, strategy: str, *, steps: int = 3, root: P
     "A row of the table: median seconds of a step, clips per second, MiB that each process holds and its peak, MB it sends in a step, counted and by the formula. Errors: RuntimeError of `together`; ValueError for one process that has no one to share with."
     if strategy != "ddp" and processes < 2:
         raise ValueError(f"{strategy} shares the weights out, and {processes} process has no one to share with")
+    r = replace(r, strategy=strategy)
     run = runs.Run.create(f"scaling-{strategy}-{processes}", r.to_dict(), root=root, trackers=[])
-    facts = r.to_dict() | ({"strategy": strategy} if "strategy" in r.to_dict() else {})
-    (run.path / "facts.json").write_text(json.dumps({"recipe": facts, "steps": steps}))
+    (run.path / "facts.json").write_text(json.dumps({"recipe": r.to_dict(), "steps": steps}))
     with run:
         together(processes, "import sys; from vidgen.train.scaling import work; work(sys.argv[1])", str(run.path), timeout=timeout, **({"ACCELERATE_USE_CPU": "true"} if r.device == "cpu" else {}))
         found = [json.loads((run.path / f"{i}.json").read_text()) for i in range(processes)]
