@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import warnings
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -176,6 +177,7 @@ class Training:
     state: State
     team: object = field(default_factory=Alone)
     model: nn.Module | None = None  # the learner as the team computes it
+    told: Callable | None = None  # (this, held-out losses) after each validation
 
     @property
     def folder(self) -> Path:
@@ -228,6 +230,8 @@ class Training:
             if improved(state.facts, found["mean"], state.step):
                 Shelf(self.folder, r.keep, writes=self.team.rank == 0).save(state, best=True)
             stop = bool(r.patience and state.facts["worse"] >= r.patience)
+            if self.told:
+                self.told(self, found)
         if r.sample_every and state.step % r.sample_every == 0:
             record(state, run, "clips", None, **self.clips(f"step{state.step:06d}")[1])
         return stop
@@ -385,22 +389,24 @@ def train(
     cancel: Cancel | None = None,        # a checkpoint is written first
     force: bool = False,                 # go on with a run that was begun otherwise
     team=Alone(),
+    told: Callable | None = None,        # after each validation: (Training, held-out losses by noise level and their mean)
 ) -> Trained | None:
     "Train by a recipe, from the run's last checkpoint if it has one. Errors: ValueError for what can't be; FloatingPointError when the loss explodes; Canceled. A process that isn't the first gets None."
     if run:
-        return _train(r, run, progress, cancel, force, team)
+        return _train(r, run, progress, cancel, force, team, told)
     run = created(r, team, name)
     with nullcontext() if team.rank else run:
-        found = _train(r, run, progress, cancel, force, team)
+        found = _train(r, run, progress, cancel, force, team, told)
         if found:
             run.finish(steps=found.steps, before=found.before, after=found.after, folder=str(found.folder))
     return found
 
 
-def _train(r: Recipe, run, progress, cancel, force: bool, team) -> Trained | None:
+def _train(r: Recipe, run, progress, cancel, force: bool, team, told=None) -> Trained | None:
     with bar("train") as drawn:
         progress = progress or drawn
         it = begun(r, run, progress=progress, cancel=cancel, force=force, team=team)
+        it.told = told
         before = run.path / "before.json"
         if not team.same(before.exists()):
             found = _judged(it, "before")
