@@ -59,7 +59,7 @@ def train(
     cancel = Cancel()
     with asked_to_stop(cancel):
         if resume:
-            r, run = trainer.reopened(resume)
+            r, run = trainer.reopened(resume, together)
             r = config.recipe(r.to_dict() | given, resume)
         else:
             r, run = config.read_recipe(file, given), None
