@@ -1,4 +1,5 @@
 """Several processes, started by torchrun with gloo: copies, slices, and both; validation that is dealt out; another number of processes at a resume."""
+import json
 from types import SimpleNamespace
 
 import pytest
@@ -7,17 +8,18 @@ from safetensors.torch import load_file
 from team_cases import alone, launched
 
 import vidgen
-from vidgen.train import lora
+from vidgen.train import lora, trainer
 from vidgen.train.adapters import FILE
+from vidgen.train.config import Recipe
 from vidgen.train.loop import Shelf
 from vidgen.train.team import dealt, grid
 
-TINY = dict(data="world:12", held="world:3/held", steps=3, batch=2, rank=2, latents="mean", save_every=2, log_every=1, validate_every=2, prompts=0, noise_levels=2, warmup=2, seed=3, device="cpu", caption_dropout=0.0)
+TINY = dict(data="world:8", held="world:3/held", steps=3, batch=2, rank=2, latents="mean", save_every=2, log_every=1, validate_every=2, prompts=0, noise_levels=2, warmup=2, seed=3, device="cpu", caption_dropout=0.0)
 CASES = {
-    "slices": dict(strategy="fsdp", prompts=3, inference_steps=2, metrics="oracle", sample_every=3),
+    "slices": dict(strategy="fsdp", prompts=3, inference_steps=2, metrics="oracle"),
     "full": dict(strategy="fsdp", method="full", lr=1e-4, accumulate=2),
-    "fewer": dict(held="world:1/held", prompts=1, inference_steps=2, metrics="oracle"),
-    "step": dict(strategy="fsdp", held="world:1/held", checkpointing="full", prompts=1, inference_steps=2),
+    "fewer": dict(held="world:1/held", prompts=1, inference_steps=1, metrics="oracle"),
+    "step": dict(strategy="fsdp", held="world:1/held", checkpointing="full"),
 }
 
 
@@ -30,9 +32,18 @@ def weights(run):
 
 
 @pytest.fixture(scope="module")
-def two(tmp_path_factory):
-    "Each case by two processes of two clips."
-    return launched(2, [{"name": name, "facts": TINY | more} for name, more in CASES.items()], tmp_path_factory.mktemp("two"))
+def whole(tmp_path_factory):
+    "A run of one process with all four clips of a step, and one that was stopped after its second step."
+    facts, root = TINY | dict(batch=4), tmp_path_factory.mktemp("one")
+    return {"whole": alone(facts, root), "stopped": alone(facts, root, stop=2)}
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory, whole):
+    "Each case by two processes of two clips, one that is stopped after its second step, and the stopped run of one process, gone on with."
+    cases = [{"name": name, "facts": TINY | more} for name, more in CASES.items()] + [{"name": "stopped", "facts": TINY, "stop": 2}]
+    cases += [{"name": "resumed", "facts": TINY | dict(batch=4, strategy="fsdp"), "run": str(whole["stopped"].path)}]
+    return launched(2, cases, tmp_path_factory.mktemp("two"))
 
 
 @pytest.mark.parametrize("name", list(CASES))
@@ -50,6 +61,28 @@ def test_two_processes_are_one(two, tmp_path, name):
     else:
         a, b = (vidgen.load(run.path / "model").parts.transformer.state_dict() for run in (one, two[name]))
         assert all(torch.allclose(a[k], b[k], atol=2e-4) for k in a)
+
+
+def test_a_run_goes_on_by_another_number_of_processes(two, whole, tmp_path):
+    "One, then two with slices; two, then one: each step has the clips it would have had, and somebody is told."
+    assert "was begun by 1 x batch 4, ddp, and goes on by 2 x batch 2, fsdp: equal to rounding" in two[""].replace("\n", " ")
+    with pytest.warns(UserWarning, match="was begun by 2 x batch 2, ddp, and goes on by 1 x batch 4"):
+        back = alone(TINY, tmp_path, two["stopped"].path)
+    for run in (two["resumed"], back):
+        for a, b in zip(numbers(whole["whole"], "train/loss", "after/loss/mean"), numbers(run, "train/loss", "after/loss/mean"), strict=True):
+            assert len(a) == len(b) and a == pytest.approx(b, rel=1e-3)
+        a, b = weights(whole["whole"]), weights(run)
+        assert all(torch.allclose(a[k], b[k], atol=2e-4) for k in a if not k.startswith("optimizer."))
+
+
+def test_a_number_of_processes_that_can_t_share_a_step_is_refused(whole, tmp_path):
+    r = Recipe(**TINY | dict(batch=4))
+    with pytest.raises(ValueError, match="4 clips, batch 4 on each of 1, and 3 processes can't share them evenly: go on with 1, 2, 4"):
+        trainer.redealt(r, whole["whole"].path, 3)
+    mixed = {"recipe": Recipe(**TINY | dict(batch=6, replay="world:4")).to_dict(), "processes": 1}
+    (tmp_path / trainer.IDENTITY).write_text(json.dumps(mixed))
+    with pytest.raises(ValueError, match="go on with 1, 3$"):  # 3 of 6 clips are replay: two processes would make them 4
+        trainer.redealt(Recipe(**mixed["recipe"]), tmp_path, 2)
 
 
 def test_every_clip_is_judged_once_or_in_step():

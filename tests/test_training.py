@@ -1,4 +1,5 @@
 """Training end to end: recipes, formulas, adapters, real kills, two processes, and what is refused."""
+import csv
 import json
 import os
 import signal
@@ -533,6 +534,36 @@ for _ in range({kills}):
 print(kills, flush=True)
 trainer.train(recipe, run=runs.Run.open(path, trackers=[]))
 """
+
+
+def test_a_step_is_logged_once_after_a_kill(tmp_path):
+    "Killed with -9 at step 5, whose last checkpoint is of step 4; and once more at the end, when all is logged."
+    run = runs.Run.create("killed", {}, root=tmp_path, trackers=[])
+    code = """
+import os, signal, sys
+from pathlib import Path
+from vidgen import runs
+from vidgen.train import trainer
+from vidgen.train.config import Recipe
+plain, end = trainer.Training.watch, trainer.record
+def die(when):
+    if when:
+        os.kill(os.getpid(), signal.SIGKILL)
+for where in ("step", "end"):
+    if not os.fork():
+        trainer.Training.watch = lambda self, state: (plain(self, state), die(where == "step" and state.step == 5))[0]
+        trainer.record = lambda state, run, stage, *given, **named: (end(state, run, stage, *given, **named), die(where == "end" and stage == "after"))[0]
+        trainer.train(Recipe(**%r), run=runs.Run.open(sys.argv[1], trackers=[]))
+    assert os.wait()[1] == signal.SIGKILL
+    print([row["step"] for row in runs.Run.open(sys.argv[1]).metrics()], flush=True)
+""" % (TINY | dict(validate_every=5),)
+    done = subprocess.run([sys.executable, "-c", code, str(run.path)], capture_output=True, text=True, timeout=170, env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"})
+    logged = [1, 2, 3, 4, 5, 5, 6, 6]
+    assert done.stdout.splitlines()[-2:] == [str(logged[:6]), str(logged)], done.stdout + done.stderr
+    trainer.train(Recipe(**TINY | dict(validate_every=5)), run=runs.Run.open(run.path, trackers=[]))
+    rows = list(csv.DictReader((run.path / "metrics.csv").open()))
+    assert [r["step"] for r in run.metrics()] == logged == [int(r["step"]) for r in rows]
+    assert [bool(r["train/loss"]) for r in rows].count(True) == 6 and [bool(r["after/loss/mean"]) for r in rows].count(True) == 1
 
 
 @pytest.mark.slow

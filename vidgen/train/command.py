@@ -71,13 +71,14 @@ def train(
     return 0
 
 
-def _asked(file: str | None, resume: str | None, given: dict):
+def _asked(file: str | None, resume: str | None, given: dict, team=None):
     "(recipe, the Run to go on with or None)."
     from vidgen.train import config, trainer
+    from vidgen.train.loop import Alone
 
     if not resume:
         return config.read_recipe(file, given), None
-    r, run = trainer.reopened(resume)
+    r, run = trainer.reopened(resume, team or Alone())
     return config.recipe(r.to_dict() | given, resume), run
 
 
@@ -87,7 +88,7 @@ def _here(file, resume, given: dict, made: list, *, cancel, force: bool) -> dict
     from vidgen.train.team import team
 
     together = team(cpu=given.get("device") == "cpu")
-    r, run = _asked(file, resume, given)
+    r, run = _asked(file, resume, given, together)
     made.append(run or trainer.created(r, together))
     with made[0] if not together.rank else trainer.nullcontext():
         found = trainer.train(r, run=made[0], cancel=cancel, force=force, team=together)

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['SAMPLE_SEED', 'IDENTITY', 'clip_generators', 'Learner', 'here', 'noisy', 'arithmetic', 'Data', 'manifests',
-           'prepared', 'Feed', 'together', 'loop_config', 'Training', 'identity', 'same_run', 'built', 'begun',
-           'restored', 'Trained', 'unsliced', 'finished', 'created', 'reopened', 'train']
+           'prepared', 'replays', 'Feed', 'together', 'loop_config', 'Training', 'identity', 'same_run', 'redealt',
+           'forget_after', 'built', 'begun', 'restored', 'Trained', 'unsliced', 'finished', 'created', 'reopened',
+           'train']
 
 # %% ../../nbs/50_train/55_trainer.ipynb #f33bbcbb
 import hashlib
@@ -14,7 +15,7 @@ import os
 import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -129,11 +130,16 @@ def prepared(r: Recipe, gen, folder: Path, *, progress: ProgressFn | None = None
     return Data(wanted, stores)
 
 # %% ../../nbs/50_train/55_trainer.ipynb #12e468ee
+def replays(r: Recipe) -> int:
+    "How many clips of a process's batch are replay."
+    return min(round(r.batch * r.replay_share), r.batch - 1) if r.replay else 0
+
+
 class Feed:
     "Batches by number, of data and replay together."
 
     def __init__(self, r: Recipe, data: Data, team=Alone()):
-        replayed = min(round(r.batch * r.replay_share), r.batch - 1) if "replay" in data.stores else 0
+        replayed = replays(r)
         how = dict(seed=r.seed, rank=team.rank, world=team.size, image_dropout=r.image_dropout, draw=r.latents == "drawn")
         sizes = {"data": (r.batch - replayed, 0.0 if replayed else r.caption_dropout), "replay": (replayed, r.caption_dropout)}
         self.loaders = [Loader(data.stores[name], batch=n, caption_dropout=share, **how) for name, (n, share) in sizes.items() if n]
@@ -246,16 +252,51 @@ def identity(r: Recipe, gen, data: Data, team=Alone()) -> dict:
 
 
 def same_run(before: dict, now: dict, folder: Path, *, force: bool = False) -> list[str]:
-    "What differs between a run's beginning and now. ValueError that names it unless `force`; another number of processes is only said."
-    other = differences(recipe(before["recipe"]), recipe(now["recipe"]))
+    "What differs between a run's beginning and now. ValueError that names it unless `force`; another number of processes that share the same steps is only said."
+    old, new = (recipe(facts["recipe"]) for facts in (before, now))
+    clips = old.batch * before["processes"], new.batch * now["processes"]
+    other = differences(replace(old, batch=new.batch) if clips[0] == clips[1] else old, new)
+    other += [f"clips of a step {clips[0]} -> {clips[1]}"] if clips[0] != clips[1] and old.batch == new.batch else []
     other += [f"{name} {before[key][:8]} -> {now[key][:8]}" for name, key in (("the model's weights", "model_hash"), ("the data", "data_hash")) if before[key] != now[key]]
-    if before["processes"] != now["processes"]:
-        warnings.warn(f"{folder.name} was begun on {before['processes']} processes and goes on with {now['processes']}: equal to rounding, not to the bit", stacklevel=3)
     if other and not force:
         raise ValueError(f"{folder} was begun otherwise: {'; '.join(other)}. Start a new run, or go on all the same with --force")
+    if before["processes"] != now["processes"] or old.strategy != new.strategy:
+        was, goes = (f"{facts['processes']} x batch {r.batch}, {r.strategy}" for facts, r in ((before, old), (now, new)))
+        warnings.warn(f"{folder.name} was begun by {was}, and goes on by {goes}: equal to rounding, not to the bit", stacklevel=3)
     return other
 
+# %% ../../nbs/50_train/55_trainer.ipynb #d3a65141
+def redealt(r: Recipe, folder: Path, processes: int) -> Recipe:
+    "The recipe with as many clips to a process as leave a begun run's steps as they were. ValueError where they can't be shared evenly."
+    before = json.loads((folder / IDENTITY).read_text()) if (folder / IDENTITY).exists() else {"processes": processes, "recipe": r.to_dict()}
+    old, clips = recipe(before["recipe"]), before["recipe"]["batch"] * before["processes"]
+    if processes == before["processes"] or r.batch != old.batch:
+        return r
+    fits = [n for n in range(1, clips + 1) if clips % n == 0 and replays(replace(r, batch=clips // n)) * n == replays(old) * before["processes"]]
+    if processes not in fits:
+        raise ValueError(f"a step of {folder.name} has {clips} clips, batch {old.batch} on each of {before['processes']}, and {processes} processes can't share them evenly: go on with {', '.join(map(str, fits))}")
+    return replace(r, batch=clips // processes)
 
+# %% ../../nbs/50_train/55_trainer.ipynb #b6706ee7
+def forget_after(folder: Path, step: int) -> None:
+    "Cut from metrics.jsonl and metrics.csv of a run what lies beyond a step, or was said at the end."
+    import csv
+    import io
+
+    from vidgen.store import atomic_write
+
+    rows, table = folder / "metrics.jsonl", folder / "metrics.csv"
+    late = lambda at, names: bool(at not in ("", None) and float(at) > step or any(n.startswith("after/") for n in names))  # noqa: E731
+    if rows.exists():
+        lines = [line for line in rows.read_text().split("\n")[:-1] if not late((found := json.loads(line)).get("step"), found)]
+        atomic_write(rows, "".join(f"{line}\n" for line in lines))
+    if table.exists():
+        head, *found = list(csv.reader(io.StringIO(table.read_text()))) or [[]]
+        kept = [row for row in found if len(row) == len(head) and not late(row[head.index("step")], [n for n, value in zip(head, row, strict=True) if value])]
+        csv.writer(out := io.StringIO(), lineterminator="\n").writerows([head, *kept])
+        atomic_write(table, out.getvalue())
+
+# %% ../../nbs/50_train/55_trainer.ipynb #0b8909d1
 def built(r: Recipe, device: str = ""):
     "The recipe's model with what learns made trainable: an adapter, or its weights. ValueError for an adapter or a pattern that doesn't fit."
     from vidgen.models.registry import load
@@ -271,6 +312,7 @@ def built(r: Recipe, device: str = ""):
 def begun(r: Recipe, run, *, progress: ProgressFn | None = None, cancel: Cancel | None = None, force: bool = False, team=Alone()) -> Training:
     "Load, encode, share the model out, and restore the last checkpoint if there is one. Errors: ValueError for what can't be trained or resumed."
     check_metrics(r.metrics, r.brand or None)
+    r = r if force else redealt(r, run.path, team.size)
     gen = built(r)
     if team.rank:
         team.wait()
@@ -284,8 +326,8 @@ def begun(r: Recipe, run, *, progress: ProgressFn | None = None, cancel: Cancel 
     model = team.wrapped(learner, r.strategy, units=[*lora.blocks(gen.parts), gen.parts.transformer], shards=r.shards)
     state = restored(State(learner, loop_config(r)), now, run.path, r.keep, force=force)
     if team.rank == 0:
-        (run.path / IDENTITY).write_text(json.dumps(now, indent=1))
-        run.record(model=gen.name, model_hash=now["model_hash"], data_hash=now["data_hash"], precision=r.precision, device=gen.parts.device, trainable=mine, trainable_share=round(share, 5))
+        _noted(run, now, state)
+        run.record(model=gen.name, device=gen.parts.device, trainable=mine, trainable_share=round(share, 5))
     return Training(r, run, gen, data, learner, state, team, model)
 
 
@@ -297,6 +339,13 @@ def restored(state: State, now: dict, folder: Path, keep: int, *, force: bool = 
         load_state(state, last, check=not other)
         state.config = config
     return state
+
+
+def _noted(run, now: dict, state: State) -> None:
+    "What the run is, into its folder; what it logged beyond its state, out of it."
+    forget_after(run.path, state.step)
+    (run.path / IDENTITY).write_text(json.dumps(now, indent=1))
+    run.record(model_hash=now["model_hash"], data_hash=now["data_hash"], precision=now["recipe"]["precision"])
 
 # %% ../../nbs/50_train/55_trainer.ipynb #4e27bee8
 @dataclass(frozen=True)
@@ -370,14 +419,34 @@ def created(r: Recipe, team=Alone(), name: str = "train"):
     return runs.Run.open(path, trackers=kinds, watch=bool(team.rank))
 
 
-def reopened(folder: Path | str) -> tuple[Recipe, "runs.Run"]:
-    "The recipe and the Run of a folder, to go on with. Errors: FileNotFoundError, ValueError for a run that is no training or still runs."
-    run = runs.Run.open(folder)
-    if "recipe" not in (note := json.loads((run.path / IDENTITY).read_text()) if (run.path / IDENTITY).exists() else {"recipe": run.params}) or "data" not in note["recipe"]:
+def reopened(folder: Path | str, team=Alone()) -> tuple[Recipe, "runs.Run"]:
+    "The recipe and the Run of a folder, to go on with. Errors: FileNotFoundError, ValueError for a run that is no training or still runs; of a team the first process looks, and all know."
+    why = ""
+    if team.rank == 0:
+        try:
+            _mine(run := runs.Run.open(folder))
+        except (ValueError, FileNotFoundError) as err:
+            why = str(err)
+    if why := team.same(why):
+        raise ValueError(why) if Path(folder, "manifest.json").exists() else FileNotFoundError(why)
+    run = run if team.rank == 0 else runs.Run.open(folder, watch=True)
+    return recipe(_begun_as(run), str(run.path)), run
+
+
+def _begun_as(run) -> dict:
+    "The recipe a run was begun with. ValueError for a run that is no training."
+    facts = json.loads((run.path / IDENTITY).read_text())["recipe"] if (run.path / IDENTITY).exists() else run.params
+    if "data" not in facts:
         raise ValueError(f"{run.path} is no training run: it has no {IDENTITY}")
+    return facts
+
+
+def _mine(run) -> None:
+    "Write into a stopped run's manifest that it is this process's. ValueError for a run that is no training or still runs."
+    _begun_as(run)
     if run.status == "running" and run.manifest["process"]["pid"] != os.getpid():
         raise ValueError(f"{run.path} is running: process {run.manifest['process']['pid']}")
-    return recipe(note["recipe"], str(run.path)), run.reopen()
+    run.reopen()
 
 # %% ../../nbs/50_train/55_trainer.ipynb #8cb4c3fa
 def train(
@@ -406,7 +475,7 @@ def _train(r: Recipe, run, progress, cancel, force: bool, team, told=None) -> Tr
     with bar("train") as drawn:
         progress = progress or drawn
         it = begun(r, run, progress=progress, cancel=cancel, force=force, team=team)
-        it.told = told
+        it.told, r = told, it.recipe
         before = run.path / "before.json"
         if not team.same(before.exists()):
             found = _judged(it, "before")
