@@ -247,7 +247,7 @@ def begun(r: Recipe, run, *, progress: ProgressFn | None = None, cancel: Cancel 
     gen = load(r.model, device=r.device, precision=r.precision if r.method == "lora" else "fp32")
     if team.rank:
         team.wait()
-    data = prepared(r, gen, run.path / "encoded", progress=progress, cancel=cancel)
+    data = prepared(r, gen, Path(r.encoded).expanduser() if r.encoded else run.path / "encoded", progress=progress, cancel=cancel)
     if not team.rank:
         team.wait()
     how = objective(gen.parts, r.objective, timesteps=r.timesteps, shift=r.shift, weighting=r.weighting, gamma=r.gamma)
