@@ -82,7 +82,8 @@ COMMANDS = {
     "sweep": Command("vidgen.cli:sweep", "Run an experiment, or a grid of it, on record.", """
         vidgen sweep experiments/001_first_clip
         vidgen sweep 001_first_clip -p seed 3 -p prompt "a green star moving up"
-        vidgen sweep 001_first_clip --preset smoke -g seed 1,2,3 -g steps 10,25"""),
+        vidgen sweep 001_first_clip --preset smoke -g seed 1,2,3 -g steps 10,25
+        vidgen sweep 030_lora_brand --sweep --show brand_score_after --out reports/data/030_sweep.json"""),
     "runs": Command("vidgen.cli:runs", "List recorded runs, the latest first.", "vidgen runs\nvidgen runs 001_first_clip -n 3\nvidgen runs --status canceled"),
     "doctor": Command("vidgen.doctor:command", "Check this machine, and say what mends each problem.", "vidgen doctor\nvidgen doctor --json"),
 }
@@ -317,6 +318,8 @@ def sweep(
     preset: Annotated[str | None, typer.Option(help="params/<preset>.yaml of the experiment.", show_default=False)] = None,
     force: Annotated[bool, typer.Option("--force", help="Run again what is finished.")] = False,
     whole: Annotated[bool, typer.Option("--sweep", help="Try the values of the experiment's sweep.yaml.")] = False,
+    show: Annotated[list[str] | None, typer.Option("--show", help="A column of the table; again for more.", show_default="numbers that differ")] = None,
+    out: Annotated[str, typer.Option("--out", "-o", help="Write the table as JSON, e.g. reports/data/030_sweep.json.", show_default=False)] = "",
 ) -> int:
     "Run an experiment, or a grid of it, on record."
     from vidgen import sweeps
@@ -326,4 +329,4 @@ def sweep(
             raise ValueError(f"{wrong[0]!r} has no value: -p NAME VALUE, e.g. -p seed 3")
         return [tuple(w.split("=", 1)) for w in words]
 
-    return sweeps.command(experiment, pairs(param), over=pairs(grid), preset=preset, force=force, sweep=whole)
+    return sweeps.command(experiment, pairs(param), over=pairs(grid), preset=preset, force=force, sweep=whole, show=show or (), out=out)

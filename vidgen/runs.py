@@ -249,7 +249,7 @@ TRACKERS = {"csv": CSV, "wandb": Wandb, "mlflow": MLflow}
 
 # %% ../nbs/02_runs.ipynb #29378434
 ENDS = ("succeeded", "failed", "canceled")
-_OWN = ("name", "status", "started", "ended", "seconds", "params", "params_hash", "environment", "process", "stages", "peak_memory", "result", "error")
+_OWN = ("name", "status", "started", "ended", "seconds", "params", "params_hash", "environment", "process", "stages", "peak_memory", "result", "error", "resumed")
 
 
 def _now() -> str:
@@ -330,6 +330,15 @@ class _Record:
         "Write the manifest in one step."
         self.manifest["seconds"] = self.seconds
         _write(self.path / "manifest.json", json.dumps(_plain(self.manifest), indent=1, ensure_ascii=False) + "\n")
+
+    def reopen(self) -> "Run":
+        "Mark a run that stopped as running again, by this process."
+        import psutil
+
+        process = {"pid": os.getpid(), "born": psutil.Process().create_time(), "host": platform.node()}
+        self.manifest.update(status="running", ended=None, error=None, process=process, resumed=self.manifest.get("resumed", 0) + 1)
+        self.save()
+        return self
 
     @property
     def seconds(self) -> float:

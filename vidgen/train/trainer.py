@@ -11,7 +11,6 @@ __all__ = ['IDENTITY', 'clip_generators', 'Learner', 'here', 'noisy', 'arithmeti
 import hashlib
 import json
 import os
-import platform
 import warnings
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -326,16 +325,12 @@ def created(r: Recipe, team=Alone(), name: str = "train"):
 
 def reopened(folder: Path | str) -> tuple[Recipe, "runs.Run"]:
     "The recipe and the Run of a folder, to go on with. Errors: FileNotFoundError, ValueError for a run that is no training or still runs."
-    import psutil
-
     run = runs.Run.open(folder)
     if "recipe" not in (note := json.loads((run.path / IDENTITY).read_text()) if (run.path / IDENTITY).exists() else {"recipe": run.params}) or "data" not in note["recipe"]:
         raise ValueError(f"{run.path} is no training run: it has no {IDENTITY}")
     if run.status == "running" and run.manifest["process"]["pid"] != os.getpid():
         raise ValueError(f"{run.path} is running: process {run.manifest['process']['pid']}")
-    run.manifest.update(status="running", ended=None, error=None, process={"pid": os.getpid(), "born": psutil.Process().create_time(), "host": platform.node()})
-    run.save()
-    return recipe(note["recipe"], str(run.path)), run
+    return recipe(note["recipe"], str(run.path)), run.reopen()
 
 # %% ../../nbs/50_train/55_trainer.ipynb #8cb4c3fa
 def train(
