@@ -460,6 +460,54 @@ def test_replay_is_part_of_each_batch(tmp_path):
     assert len(batch.keys) == 4 and batch.z_BFCHW.shape[0] == 4 and sum(k in known[1] for k in batch.keys[2:]) == 2
 
 
+def test_attention_is_in_float32_inside_bf16_on_a_cpu(tmp_path, monkeypatch):
+    "By position or by name: the processor of the models gives its tensors by name."
+    gen, seen = vidgen.load("shapes-t2v"), []
+    data = trainer.prepared(Recipe(**TINY), gen, tmp_path)
+
+    class Watch(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            if func is torch.nn.functional.scaled_dot_product_attention:
+                seen.extend(t.dtype for t in (*args, *kwargs.values()) if isinstance(t, torch.Tensor))
+            return func(*args, **kwargs or {})
+    with Watch():
+        trainer.Learner(gen.parts, ob.objective(gen.parts), half=True)(trainer.Feed(Recipe(**TINY), data).batch_at(0), torch.Generator().manual_seed(0))
+    assert len(seen) >= 12 and set(seen) == {torch.float32}
+
+
+def test_encoded_data_serve_several_runs(tmp_path):
+    "Encoded into a folder of its own, found again by the next run, and no reason to refuse a resume."
+    facts = TINY | dict(steps=1, validate_every=0, encoded=str(tmp_path / "encoded"))
+    first = trainer.train(Recipe(**facts), run=runs.Run.create("first", {}, root=tmp_path, trackers=[]))
+    shards = {p: p.stat().st_mtime_ns for p in (tmp_path / "encoded").rglob("0*.safetensors")}
+    trainer.train(Recipe(**facts | dict(seed=4)), run=runs.Run.create("second", {}, root=tmp_path, trackers=[]))
+    assert shards and shards == {p: p.stat().st_mtime_ns for p in (tmp_path / "encoded").rglob("0*.safetensors")}
+    assert not (first.run.path / "encoded").exists() and not config.differences(Recipe(**facts), Recipe(**TINY | dict(steps=1, validate_every=0)))
+
+
+def test_a_curve_is_drawn_in_the_cell_that_trains(tmp_path):
+    "In a real kernel: pictures while it trains, none left when it has ended, and one that is shown for good."
+    import nbformat
+    from nbclient import NotebookClient
+
+    code = """
+from pathlib import Path
+from vidgen import runs
+from vidgen.train.curve import Curve
+from vidgen.progress import Progress
+run = runs.Run.create("drawn", {}, root=Path("HERE"), trackers=[])
+curve, sent = Curve(run, every=0), []
+for step in (1, 2, 3):
+    run.log(step=step, **{"train/loss": 1 / step, "held/loss/0.50": 2 / step})
+    curve(Progress("train", step, 4))
+    sent.append(bool(curve.handle))
+"""
+    book = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(code.replace("HERE", str(tmp_path))), nbformat.v4.new_code_cell('curve(Progress("train", 4, 4))\nassert all(sent)\ncurve')])
+    NotebookClient(book, timeout=120).execute(env={**os.environ, "CI": ""})
+    kinds = [[kind for out in cell.outputs for kind in out.get("data", {}) if kind == "image/png"] for cell in book.cells]
+    assert kinds == [[], ["image/png"]] and "image/png" in book.cells[1].outputs[-1]["data"]
+
+
 @pytest.mark.parametrize("wrong, said", [(dict(data=""), "names no data"), (dict(data="world:0"), "world|empty|no sample"), (dict(metrics="oracel"), "nearest: oracle"), (dict(metrics="brand_score"), "brand file"),
                                          (dict(targets="attn1.to_z"), "nearest"), (dict(rank=999), "larger than")])
 def test_what_can_t_be_trained(tmp_path, wrong, said):

@@ -31,6 +31,7 @@ class _Fields:
     buckets: tuple = ()                # FRAMESxHEIGHTxWIDTH of what is learned; (): the model's own size
     replay: str = ""                   # data the model knows already, mixed in so that it is not forgotten
     replay_share: float = 0.5          # of each batch that comes from replay
+    encoded: str = ""                  # where encoded data are kept for other runs, too; "": in the run's own folder
     method: str = "lora"               # or "full"
     targets: tuple = ()                # endings of the layers an adapter wraps; (): those of the family
     rank: int = 16
@@ -164,7 +165,7 @@ def assignments(words: list[str]) -> dict:
     return {k.strip(): yaml.safe_load(v) if v.strip() else "" for k, v in (w.split("=", 1) for w in words)}
 
 # %% ../../nbs/50_train/53_config.ipynb #9035e2c4
-FREE = ("strategy", "shards", "log_every", "save_every", "validate_every", "sample_every", "keep", "device", "trackers", "prompts", "metrics", "inference_steps", "patience")  # none of these moves a weight
+FREE = ("strategy", "shards", "log_every", "save_every", "validate_every", "sample_every", "keep", "device", "trackers", "prompts", "metrics", "inference_steps", "patience", "encoded")  # none of these moves a weight
 
 
 def differences(before: Recipe, now: Recipe) -> list[str]:

@@ -316,7 +316,7 @@ def begun(r: Recipe, run, *, progress: ProgressFn | None = None, cancel: Cancel 
     gen = built(r)
     if team.rank:
         team.wait()
-    data = prepared(r, gen, run.path / "encoded", progress=progress, cancel=cancel)
+    data = prepared(r, gen, Path(r.encoded).expanduser() if r.encoded else run.path / "encoded", progress=progress, cancel=cancel)
     if not team.rank:
         team.wait()
     now, (mine, _, share) = identity(r, gen, data, team), lora.trainable(gen.parts.transformer)
