@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['IDENTITY', 'clip_generators', 'Learner', 'here', 'noisy', 'arithmetic', 'Data', 'manifests', 'prepared', 'Feed',
-           'together', 'loop_config', 'Training', 'identity', 'same_run', 'begun', 'Trained', 'finished', 'created',
-           'reopened', 'train']
+           'together', 'loop_config', 'Training', 'identity', 'same_run', 'begun', 'Trained', 'finished', 'told',
+           'created', 'reopened', 'train']
 
 # %% ../../nbs/50_train/55_trainer.ipynb #f33bbcbb
 import hashlib
@@ -15,12 +15,14 @@ import platform
 import warnings
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from .. import runs
+from .. import runs, settings
+from ..bucket import fetched, remote
 from ..data.encode import encode
 from ..data.loader import Batch, Loader
 from ..data.manifest import Manifest, split
@@ -31,6 +33,7 @@ from .adapters import Adapter, base_hash, save_adapter
 from .config import Recipe, differences, recipe
 from .loop import Alone, Shelf, State, TrainConfig, fit, load_state, record
 from .objective import Objective, held_loss, losses, objective
+from .report import write_report
 from .validate import check_metrics, improved, lent, measure, samples
 
 # %% ../../nbs/50_train/55_trainer.ipynb #886a4ab0
@@ -203,7 +206,7 @@ class Training:
         with lent(self.state.params, self.state.ema):
             made = samples(self.gen, self.held_prompts, images=images, num_inference_steps=r.inference_steps)
         for i, clip in enumerate(made):
-            self.run.save_clip(f"{when}-{i}", clip)
+            self.run.save_clip(f"{when}-{i}", clip, overwrite=True)
         return made, measure(made, self.held_prompts, r.metrics, brand=r.brand or None)
 
     def watch(self, state: State) -> bool:
@@ -307,6 +310,7 @@ def finished(it: Training, before: dict) -> Trained:
     adapter = save_adapter(it.gen, folder, **facts) if r.method == "lora" else _whole(it, folder, facts)
     record(state, run, "after", None, **after)
     run.share(adapter.path if adapter else folder / "vidgen.json")
+    run.share(write_report(run, r, before, after))
     return Trained(run, adapter, folder, before, after, state.step, it)
 
 
@@ -317,25 +321,34 @@ def _whole(it: Training, folder: Path, facts: dict) -> None:
     _write(folder / "vidgen.json", facts)
 
 # %% ../../nbs/50_train/55_trainer.ipynb #a08e1b29
+def told(r: Recipe) -> list | None:
+    "Who is told of a run: the recipe's trackers, or else those of the settings, and its store."
+    kinds = [t.strip() for t in (r.trackers or settings.get().tracking.trackers).split(",") if t.strip()]
+    return kinds + ([partial(runs.Copied, address=r.store)] if r.store else [])
+
+
 def created(r: Recipe, team=Alone(), name: str = "train"):
     "A new Run, made by the first process and known to all; the others write nothing into it."
-    kinds = [t.strip() for t in r.trackers.split(",") if t.strip()] or None
+    kinds = told(r)
     path = team.same("" if team.rank else str(runs.Run.create(name, r.to_dict(), trackers=kinds).path))
     return runs.Run.open(path, trackers=kinds, watch=bool(team.rank))
 
 
 def reopened(folder: Path | str) -> tuple[Recipe, "runs.Run"]:
-    "The recipe and the Run of a folder, to go on with. Errors: FileNotFoundError, ValueError for a run that is no training or still runs."
+    "The recipe and the Run of a folder, or of s3://bucket/prefix/run, to go on with. Errors: FileNotFoundError, ValueError for a run that is no training or still runs."
     import psutil
 
+    if elsewhere := remote(folder):
+        folder = fetched(str(folder), runs.root())
     run = runs.Run.open(folder)
     if "recipe" not in (note := json.loads((run.path / IDENTITY).read_text()) if (run.path / IDENTITY).exists() else {"recipe": run.params}) or "data" not in note["recipe"]:
         raise ValueError(f"{run.path} is no training run: it has no {IDENTITY}")
-    if run.status == "running" and run.manifest["process"]["pid"] != os.getpid():
+    if run.status == "running" and not elsewhere and run.manifest["process"]["pid"] != os.getpid():
         raise ValueError(f"{run.path} is running: process {run.manifest['process']['pid']}")
     run.manifest.update(status="running", ended=None, error=None, process={"pid": os.getpid(), "born": psutil.Process().create_time(), "host": platform.node()})
     run.save()
-    return recipe(note["recipe"], str(run.path)), run
+    r = recipe(note["recipe"], str(run.path))
+    return r, runs.Run.open(run.path, trackers=told(r))
 
 # %% ../../nbs/50_train/55_trainer.ipynb #8cb4c3fa
 def train(
@@ -370,7 +383,7 @@ def _train(r: Recipe, run, progress, cancel, force: bool, team) -> Trained | Non
         feed, model = Feed(r, it.data, team), team.wrapped(it.learner)
         try:
             fit(it.learner, feed.batch_at, model, loop_config(r), folder=it.folder, run=None if team.rank else run, progress=progress, cancel=cancel, watch=it.watch,
-                keep=r.keep, by_number=True, team=team, state=it.state)
+                keep=r.keep, kept=run.kept, by_number=True, team=team, state=it.state)
         finally:
             feed.close()
         return None if team.rank else finished(it, json.loads(before.read_text()))
