@@ -527,6 +527,25 @@ def test_missing_captions_and_short_clips(tmp_path, monkeypatch):
         trainer.prepared(Recipe(**TINY), vidgen.load("shapes-t2v"), tmp_path)
 
 
+def test_films_and_report_are_told_and_a_repeated_step_replaces_its_films(tmp_path):
+    heard = []
+
+    class Ear(runs.Tracker):
+        def file(self, name, path):
+            heard.append(path.name)
+
+        def kept(self, path):
+            heard.append(path.stem)
+    run = runs.Run.create("films", {}, root=tmp_path, trackers=[Ear])
+    (run.path / "samples").mkdir()
+    (run.path / "samples/step000002-0.mp4").write_bytes(b"of a step that was computed before the process died")
+    done = trainer.train(Recipe(**TINY | dict(steps=2, validate_every=0, sample_every=2, prompts=1, inference_steps=1)), run=run)
+    assert heard == ["before-0.mp4", "step000002-0.mp4", "step-00000002", "after-0.mp4", adapters.FILE, "report.html"]
+    page = (run.path / "artifacts/report.html").read_text()
+    assert page.count("<img") == 2 and f"{done.after['loss/mean']:.4g}" in page and "world:12" in page
+    assert len((run.path / "metrics.csv").read_text().splitlines()) == 1 + len((run.path / "metrics.jsonl").read_text().splitlines())
+
+
 def test_a_tracker_that_can_t_be_reached_is_a_warning(tmp_path):
     class Gone(runs.Tracker):
         def log(self, step, metrics):
@@ -535,6 +554,39 @@ def test_a_tracker_that_can_t_be_reached_is_a_warning(tmp_path):
     with pytest.warns(UserWarning, match="no route to host"):
         trainer.train(Recipe(**TINY | dict(steps=2, validate_every=0)), run=run)
     assert len([r for r in run.metrics() if "train/loss" in r]) == 2 and len((run.path / "metrics.csv").read_text().splitlines()) > 2
+
+
+@pytest.mark.slow
+def test_real_trackers_get_numbers_films_adapter_and_report(tmp_path, monkeypatch):
+    "wandb offline and MLflow on SQLite, neither pretended; resumed, MLflow goes on with the same run."
+    mlflow, wandb = pytest.importorskip("mlflow"), pytest.importorskip("wandb")
+    monkeypatch.setenv("VIDGEN_STORAGE_RUNS", str(tmp_path))
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    facts = TINY | dict(steps=4, validate_every=2, sample_every=2, prompts=1, inference_steps=2, trackers="wandb,mlflow")
+    done = trainer.train(Recipe(**facts))
+    client = mlflow.MlflowClient(tracking_uri=f"sqlite:///{tmp_path / 'mlflow.db'}")
+    ask = lambda: client.search_runs([client.get_experiment_by_name("train").experiment_id])
+    found, = ask()
+    assert [m.step for m in client.get_metric_history(found.info.run_id, "train/loss")] == [1, 2, 3, 4] and found.info.status == "FINISHED"
+    kept = {f.path for folder in ("samples", "adapter", "artifacts") for f in client.list_artifacts(found.info.run_id, folder)}
+    assert {"samples/before-0.mp4", "samples/step000002-0.mp4", "samples/after-0.mp4", f"adapter/{adapters.FILE}", "artifacts/report.html"} <= kept
+    session, = done.run.path.glob("wandb/offline-run-*")
+    assert [p.name for p in session.glob("files/media/videos/*.mp4")] and b"report.html" in next(session.glob("*.wandb")).read_bytes() and adapters.FILE.encode() in next(session.glob("*.wandb")).read_bytes()
+    r, run = trainer.reopened(done.run.path)
+    with run:
+        trainer.train(config.recipe(r.to_dict() | {"trackers": "mlflow"}), run=run)
+    assert len(ask()) == 1
+    assert wandb.run is None
+
+
+@pytest.mark.slow
+def test_training_goes_on_when_mlflow_is_away(tmp_path, monkeypatch):
+    pytest.importorskip("mlflow")
+    monkeypatch.setenv("VIDGEN_STORAGE_RUNS", str(tmp_path))
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    with pytest.warns(UserWarning, match="MLflow can't begin to track"):
+        done = trainer.train(Recipe(**TINY | dict(steps=2, validate_every=0, trackers="mlflow")))
+    assert done.run.status == "succeeded" and len((done.run.path / "metrics.csv").read_text().splitlines()) == 1 + len(done.run.metrics())
 
 
 def test_two_processes_equal_one(tmp_path):

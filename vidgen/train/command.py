@@ -37,7 +37,7 @@ def asked_to_stop(cancel) -> Iterator[None]:
 # %% ../../nbs/50_train/59_command.ipynb #7f038d7a
 def train(
     file: Annotated[str | None, typer.Argument(help="A recipe: a YAML file of `name: value` lines.", show_default=False)] = None,
-    resume: Annotated[str | None, typer.Option("--resume", help="The folder of a run to go on with, exactly.", show_default=False)] = None,
+    resume: Annotated[str | None, typer.Option("--resume", help="The folder of a run to go on with, exactly; or s3://bucket/prefix/RUN.", show_default=False)] = None,
     change: Annotated[list[str] | None, typer.Option("--set", "-s", metavar="NAME VALUE", help="A line of the recipe; again for more.", show_default=False)] = None,
     force: Annotated[bool, typer.Option("--force", help="Go on although model, data or settings are others.")] = False,
     ray_workers: Annotated[int, typer.Option("--ray-workers", help="Train on a Ray cluster with so many workers.", min=0, show_default=False)] = 0,
@@ -125,7 +125,7 @@ def _told(found: dict) -> str:
 
 # %% ../../nbs/50_train/59_command.ipynb #1a3a6eef
 def validate(
-    adapter: Annotated[str, typer.Argument(help="An adapter's file or folder, or its registered name.", show_default=False)],
+    adapter: Annotated[str, typer.Argument(help="An adapter's file or folder, its registered name, or s3://bucket/….", show_default=False)],
     scenarios: Annotated[str, typer.Option("--scenarios", help="Prompts: a YAML list, or a text file with one a line.", show_default=False)],
     out: Annotated[str, typer.Option("--out", "-o", help="The folder for the clips.", show_default="a new run")] = "",
     metrics: Annotated[str, typer.Option("--metrics", help="Names of `vidgen metrics`.", show_default=False)] = "",
@@ -138,10 +138,11 @@ def validate(
 ) -> None:
     "Clips and metrics of an adapter: the same prompts and seeds without it and with it."
     from vidgen import runs
+    from vidgen.bucket import remote
     from vidgen.models.registry import load
     from vidgen.train import adapters, validate as judge
 
-    place = adapters.named(adapter).path if not Path(adapter).expanduser().exists() else adapter
+    place = adapters.adapter_file(adapter) if remote(adapter) or Path(adapter).expanduser().exists() else adapters.named(adapter).path
     prompts, found = judge.scenarios(scenarios), adapters.read_adapter(place)
     if not (model or found.base):
         raise ValueError(f"{place} doesn't say which model it was trained on: --model NAME")

@@ -75,6 +75,7 @@ class _Fields:
     metrics: str = ""                  # names of `vidgen metrics` that judge them
     brand: str = ""                    # a brand file, for the metrics that need one
     trackers: str = ""                 # wandb, mlflow: beside the files of the run
+    store: str = ""                    # s3://bucket/prefix, or a folder: the run is copied there at every checkpoint
 
     def __post_init__(self):
         self.check()
@@ -165,7 +166,7 @@ def assignments(words: list[str]) -> dict:
     return {k.strip(): yaml.safe_load(v) if v.strip() else "" for k, v in (w.split("=", 1) for w in words)}
 
 # %% ../../nbs/50_train/53_config.ipynb #9035e2c4
-FREE = ("strategy", "shards", "log_every", "save_every", "validate_every", "sample_every", "keep", "device", "trackers", "prompts", "metrics", "inference_steps", "patience", "encoded")  # none of these moves a weight
+FREE = ("strategy", "shards", "log_every", "save_every", "validate_every", "sample_every", "keep", "device", "trackers", "store", "prompts", "metrics", "inference_steps", "patience", "encoded")  # none of these moves a weight
 
 
 def differences(before: Recipe, now: Recipe) -> list[str]:

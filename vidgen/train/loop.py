@@ -323,6 +323,7 @@ def fit(
     extra: Callable | None = None,     # (state) -> dict of further metrics, at every checkpoint
     watch: Callable | None = None,     # (state) -> True to end here, after every step
     keep: int = 1,                     # checkpoints
+    kept: Callable | None = None,      # (path), after each checkpoint
     by_number: bool = False,
     team=Alone(),
     state: State | None = None,        # made before, and not resumed again
@@ -355,7 +356,9 @@ def fit(
         done = watch(state) if watch else False
         stop = bool(team.mean(float(bool(cancel and cancel.canceled))))
         if state.step % config.save_every == 0 or state.step == config.steps or stop or done:
-            shelf.save(state)
+            path = shelf.save(state)
+            if kept and team.rank == 0:
+                kept(path)
             if extra and not stop and team.rank == 0:
                 record(state, run, stage, progress, **extra(state))
         if cancel and stop:

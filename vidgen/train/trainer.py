@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['SAMPLE_SEED', 'IDENTITY', 'clip_generators', 'Learner', 'here', 'noisy', 'arithmetic', 'Data', 'manifests',
            'prepared', 'replays', 'Feed', 'together', 'loop_config', 'Training', 'identity', 'same_run', 'redealt',
-           'forget_after', 'built', 'begun', 'restored', 'Trained', 'unsliced', 'finished', 'created', 'reopened',
-           'train']
+           'forget_after', 'built', 'begun', 'restored', 'Trained', 'unsliced', 'finished', 'listeners', 'created',
+           'reopened', 'train']
 
 # %% ../../nbs/50_train/55_trainer.ipynb #f33bbcbb
 import hashlib
@@ -16,12 +16,14 @@ import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from .. import runs
+from .. import runs, settings
+from ..bucket import fetched, remote
 from ..data.encode import encode
 from ..data.loader import Batch, Loader
 from ..data.manifest import Manifest, split
@@ -33,6 +35,7 @@ from .config import Recipe, differences, recipe
 from .loop import Alone, Shelf, State, TrainConfig, fit, load_state, record, whole
 from .objective import Objective, held_errors, held_means, losses, objective
 from .team import collected, dealt
+from .report import write_report
 from .validate import check_metrics, improved, lent, measure, samples
 
 # %% ../../nbs/50_train/55_trainer.ipynb #886a4ab0
@@ -215,7 +218,7 @@ class Training:
         if self.team.rank:
             return made, {}
         for i, clip in enumerate(made):
-            self.run.save_clip(f"{when}-{i}", clip)
+            self.run.save_clip(f"{when}-{i}", clip, overwrite=True)
         return made, measure(made, prompts, self.recipe.metrics, brand=self.recipe.brand or None)
 
     def made(self, prompts: list[str], seeds: list[int]) -> list:
@@ -402,6 +405,7 @@ def finished(it: Training, before: dict) -> Trained | None:
     adapter = save_adapter(it.gen, folder, **facts) if r.method == "lora" else _whole(it, folder, facts)
     record(state, run, "after", None, **after)
     run.share(adapter.path if adapter else folder / "vidgen.json")
+    run.share(write_report(run, r, before, after))
     return Trained(run, adapter, folder, before, after, state.step, it)
 
 
@@ -412,25 +416,33 @@ def _whole(it: Training, folder: Path, facts: dict) -> None:
     _write(folder / "vidgen.json", facts)
 
 # %% ../../nbs/50_train/55_trainer.ipynb #a08e1b29
+def listeners(r: Recipe) -> list | None:
+    "Who is told of a run: the recipe's trackers, or else those of the settings, and its store."
+    kinds = [t.strip() for t in (r.trackers or settings.get().tracking.trackers).split(",") if t.strip()]
+    return kinds + ([partial(runs.Copied, address=r.store)] if r.store else [])
+
+
 def created(r: Recipe, team=Alone(), name: str = "train"):
     "A new Run, made by the first process and known to all; the others write nothing into it."
-    kinds = [t.strip() for t in r.trackers.split(",") if t.strip()] or None
+    kinds = listeners(r)
     path = team.same("" if team.rank else str(runs.Run.create(name, r.to_dict(), trackers=kinds).path))
     return runs.Run.open(path, trackers=kinds, watch=bool(team.rank))
 
 
 def reopened(folder: Path | str, team=Alone()) -> tuple[Recipe, "runs.Run"]:
-    "The recipe and the Run of a folder, to go on with. Errors: FileNotFoundError, ValueError for a run that is no training or still runs; of a team the first process looks, and all know."
-    why = ""
+    "The recipe and the Run of a folder, or of s3://bucket/prefix/run, to go on with. Errors: FileNotFoundError, ValueError for a run that is no training or still runs; of a team the first process looks, and all know."
+    why, place = "", ""
     if team.rank == 0:
         try:
-            _mine(run := runs.Run.open(folder))
+            place = str(_mine(folder).path)
         except (ValueError, FileNotFoundError) as err:
-            why = str(err)
+            why = f"{type(err).__name__}|{err}"
     if why := team.same(why):
-        raise ValueError(why) if Path(folder, "manifest.json").exists() else FileNotFoundError(why)
-    run = run if team.rank == 0 else runs.Run.open(folder, watch=True)
-    return recipe(_begun_as(run), str(run.path)), run
+        kind, _, text = why.partition("|")
+        raise (FileNotFoundError if kind == "FileNotFoundError" else ValueError)(text)
+    run = runs.Run.open(team.same(place), watch=bool(team.rank))
+    r = recipe(_begun_as(run), str(run.path))
+    return r, run if team.rank else runs.Run.open(run.path, trackers=listeners(r))
 
 
 def _begun_as(run) -> dict:
@@ -441,12 +453,14 @@ def _begun_as(run) -> dict:
     return facts
 
 
-def _mine(run) -> None:
-    "Write into a stopped run's manifest that it is this process's. ValueError for a run that is no training or still runs."
+def _mine(folder: Path | str):
+    "A stopped run, fetched if it is in a bucket, now this process's by its manifest. ValueError for a run that is no training or still runs."
+    elsewhere = remote(folder)
+    run = runs.Run.open(fetched(str(folder), runs.root()) if elsewhere else folder)
     _begun_as(run)
-    if run.status == "running" and run.manifest["process"]["pid"] != os.getpid():
+    if run.status == "running" and not elsewhere and run.manifest["process"]["pid"] != os.getpid():
         raise ValueError(f"{run.path} is running: process {run.manifest['process']['pid']}")
-    run.reopen()
+    return run.reopen()
 
 # %% ../../nbs/50_train/55_trainer.ipynb #8cb4c3fa
 def train(
@@ -485,7 +499,7 @@ def _train(r: Recipe, run, progress, cancel, force: bool, team, told=None) -> Tr
         feed = Feed(r, it.data, team)
         try:
             fit(it.learner, feed.batch_at, it.model, loop_config(r), folder=it.folder, run=None if team.rank else run, progress=progress, cancel=cancel, watch=it.watch,
-                keep=r.keep, by_number=True, team=team, state=it.state)
+                keep=r.keep, kept=run.kept, by_number=True, team=team, state=it.state)
         finally:
             feed.close()
         return finished(it, {} if team.rank else json.loads(before.read_text()))
