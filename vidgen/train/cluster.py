@@ -11,7 +11,8 @@ import os
 import platform
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from .. import runs
@@ -45,16 +46,37 @@ def connect(
     return ray
 
 
+@contextmanager
+def _patience(services, seconds: float) -> Iterator[None]:
+    "Ray gives a node of its own half a minute to start, and no setting for it; a machine that is busy with other things needs longer."
+    plain = services.get_node
+
+    def get_node(*args, **kwargs):
+        until = time.monotonic() + seconds
+        while True:
+            try:
+                return plain(*args, **kwargs)
+            except RuntimeError:
+                if time.monotonic() > until:
+                    raise
+                time.sleep(0.5)
+
+    services.get_node = get_node
+    try:
+        yield
+    finally:
+        services.get_node = plain
+
+
 def _started(ray, cpus: int, **how):
-    "A cluster of this machine. Ray gives a node half a minute to start, which a busy machine may miss: then once more, its files being in memory by now."
-    for tries in range(4):
-        try:
+    "A cluster of this machine."
+    try:
+        with _patience(ray._private.services, 300.0):
             ray.init(address="local", num_cpus=max(cpus, os.cpu_count() or 1), object_store_memory=200 * 2**20, include_dashboard=False, **how)
-            return ray
-        except Exception as err:
-            ray.shutdown()
-            if "timed out" not in str(err) or tries == 3:
-                raise RuntimeError(f"Ray doesn't start on this machine: {str(err).strip()}") from err
+    except Exception as err:
+        ray.shutdown()
+        raise RuntimeError(f"Ray doesn't start on this machine: {str(err).strip()}") from err
+    return ray
 
 # %% ../../nbs/50_train/58_cluster.ipynb #4a5490af
 STOP, BROKEN, WORKERS = "stop", "broken.json", "workers.jsonl"
