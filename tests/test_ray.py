@@ -17,7 +17,7 @@ from vidgen import runs
 from vidgen.errors import Canceled
 from vidgen.progress import Cancel
 from vidgen.space import Range
-from vidgen.train import cluster, trainer, tune
+from vidgen.train import cluster, scaling, trainer, tune
 from vidgen.train.config import Recipe
 
 TINY = dict(data="world:12", held="world:4/held", steps=6, batch=2, rank=2, latents="mean", save_every=2, log_every=1, validate_every=3, prompts=0, noise_levels=2, warmup=2, seed=3, device="cpu")
@@ -226,3 +226,26 @@ def test_pbt_goes_on_from_better_weights_at_another_rate(tmp_path):
     others = [(mine, c) for mine, c in changes if c["trial"] != mine]
     assert others and all(c["changed"][0].startswith("lr ") and c["step"] in (2, 4) for _, c in others), changes
     assert any(row["steps"] == 6 for row in found["trials"])
+
+
+# processes of this machine
+
+def test_a_process_that_fails_ends_the_others():
+    code = "import os, sys, time; time.sleep(0 if os.environ['RANK'] == '1' else 60); sys.exit('out of luck')"
+    began = time.monotonic()
+    with pytest.raises(RuntimeError, match="one of 2 processes failed: out of luck"):
+        scaling.together(2, code)
+    assert time.monotonic() - began < 50
+    with pytest.raises(RuntimeError, match="longer than 1 s"):
+        scaling.together(1, "import time; time.sleep(60)", timeout=1.0)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_messages_are_what_the_formula_says_and_slices_are_slices(tmp_path):
+    r = Recipe(**TINY | dict(method="full", data="world:4", held="world:1/held", batch=1, steps=3, lr=1e-5, validate_every=0))
+    copies, slices = (scaling.measure(r, 2, s, steps=1, root=tmp_path) for s in ("ddp", "fsdp"))
+    for row in (copies, slices):
+        assert row["sent_mb"] == pytest.approx(row["expected_mb"], abs=1e-4)
+    assert set(copies["calls"]) == {"allreduce_"} and {"_allgather_base_", "_reduce_scatter_base_"} <= set(slices["calls"])
+    assert slices["held_mib"] == pytest.approx(copies["held_mib"] / 2, rel=0.05)

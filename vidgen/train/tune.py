@@ -121,7 +121,7 @@ def adopt(run, r: Recipe, donor: Path) -> None:
 
 # %% ../../nbs/50_train/581_tune.ipynb #a40ce42f
 def reporter(run, pbt: bool, name: str) -> Callable:
-    "What a training is told to do after each validation: report it, under pbt with the checkpoint it was made from."
+    "What a training is told to do after each validation but the last, which is the trial's own last word: report it, under pbt with the checkpoint it was made from."
     from ray import tune
 
     from vidgen.train.loop import save_state
@@ -129,6 +129,8 @@ def reporter(run, pbt: bool, name: str) -> Callable:
 
     def told(it, losses: dict) -> None:
         row = {"held_loss": losses["mean"], "step": it.state.step, "run": run.path.name}
+        if it.state.step >= it.recipe.steps:
+            return
         if not pbt:
             tune.report(row)
             return
@@ -142,7 +144,7 @@ def reporter(run, pbt: bool, name: str) -> Callable:
 
 
 def trial(varied: dict, *, search: dict, folder: str, threads: int) -> None:
-    "What Ray runs for each setting."
+    "What Ray runs for each setting. A search that ends a trial or lets it wait raises SystemExit in it."
     import torch
     from ray import tune
 
@@ -151,12 +153,20 @@ def trial(varied: dict, *, search: dict, folder: str, threads: int) -> None:
     torch.set_num_threads(threads)
     name, r, given = tune.get_context().get_trial_id(), recipe(search["recipe"] | varied), tune.get_checkpoint()
     run = trial_run(Path(folder), name, r)
-    if given:
-        with given.as_directory() as donor:
-            adopt(run, r, Path(donor))
-    with run:
+    try:
+        if given:
+            with given.as_directory() as donor:
+                adopt(run, r, Path(donor))
         found = trainer.train(r, run=run, progress=lambda event: None, force=bool(given), told=reporter(run, search["search"] == "pbt", name))
-        run.finish(steps=found.steps, before=found.before, after=found.after, folder=str(found.folder))
+    except SystemExit:
+        run.finish("canceled", error=f"ended early by {search['search']}")
+        raise
+    except Exception as err:
+        run.finish("failed", error=f"{type(err).__name__}: {err}")
+        raise
+    run.finish(steps=found.steps, before=found.before, after=found.after, folder=str(found.folder))
+    if search["search"] == "asha":
+        tune.report({"held_loss": found.after["loss/mean"], "step": found.steps, "run": run.path.name})
 
 # %% ../../nbs/50_train/581_tune.ipynb #569b22de
 def domains(space: Mapping) -> dict:
@@ -223,6 +233,7 @@ def trials(search: Search, folder: Path) -> list[dict]:
     for file in folder.glob("*/manifest.json"):
         run = runs.Run.open(file.parent, watch=True)
         curve = [[m["step"], m["held/loss/mean"]] for m in run.metrics() if "held/loss/mean" in m]
+        curve += [[end["steps"], end["after"]["loss/mean"]]] if (end := run.manifest["result"]) and curve and end["steps"] > curve[-1][0] else []
         if not curve:
             continue
         if run.manifest["status"] == "running":
