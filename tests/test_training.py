@@ -351,6 +351,13 @@ def test_an_exploding_rate_stops_and_names_the_last_good_checkpoint(tmp_path):
         fit(m, lambda n: torch.ones(4, 2), lambda b, g: m(b).mean() * float("nan"), TrainConfig(4), folder=tmp_path / "new", by_number=True)
 
 
+def test_a_checkpoint_of_the_weights_that_failed_is_not_good(tmp_path):
+    m, config_ = line(), TrainConfig(9, save_every=1)
+    with pytest.raises(FloatingPointError, match="the loss of step 3 is nan.*last good checkpoint: .*step-00000002"):
+        fit(m, lambda n: torch.full((1, 2), float("nan") if n == 3 else 1.0), lambda b, g: m(b).mean() ** 2, config_, folder=tmp_path, by_number=True, keep=2)
+    assert [p.stem for p in Shelf(tmp_path, 2).all()] == ["step-00000002", "step-00000003"]
+
+
 def test_patience_is_a_fact_of_the_run():
     facts = {}
     assert [validate.improved(facts, v, i) for i, v in enumerate((3, 2, 2.5, 2.1, 1))] == [True, True, False, False, True]
@@ -441,6 +448,31 @@ def test_a_resume_of_another_kind_is_refused(whole):
     (whole.run.path / trainer.IDENTITY).write_text(json.dumps(json.loads((whole.run.path / trainer.IDENTITY).read_text()) | {"recipe": r.to_dict()}))
 
 
+def test_what_a_resume_compares():
+    before = {"recipe": Recipe(**TINY).to_dict(), "model_hash": "a" * 64, "data_hash": "b" * 64, "processes": 2}
+    for change, said in ((dict(model_hash="c" * 64), "the model's weights aaaaaaaa -> cccccccc"), (dict(data_hash="c" * 64), "the data bbbbbbbb -> cccccccc"), (dict(processes=4), "clips of a step 4 -> 8"),
+                         (dict(recipe=Recipe(**TINY | dict(model="shapes-i2v")).to_dict()), "model shapes-t2v -> shapes-i2v")):
+        with pytest.raises(ValueError, match=f"{said}.*--force"):
+            trainer.same_run(before, before | change, Path("run"))
+        assert len(trainer.same_run(before, before | change, Path("run"), force=True)) == 1
+    with pytest.warns(UserWarning, match="2 x batch 2, ddp, and goes on by 1 x batch 4, fsdp"):
+        assert trainer.same_run(before, before | dict(processes=1, recipe=Recipe(**TINY | dict(batch=4, strategy="fsdp")).to_dict()), Path("run")) == []
+
+
+def test_an_output_that_can_t_be_written_and_a_rate_that_explodes(tmp_path, monkeypatch, capsys):
+    from vidgen.cli import main
+
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(TINY | dict(lr=1e30, validate_every=0, warmup=0)))
+    (tmp_path / "file").write_text("no folder")
+    monkeypatch.setenv("VIDGEN_STORAGE_RUNS", str(tmp_path / "file"))
+    assert main(["train", str(tmp_path / "r.yaml")]) != 0
+    assert "file" in (said := capsys.readouterr().err) and "Traceback" not in said
+    monkeypatch.setenv("VIDGEN_STORAGE_RUNS", str(tmp_path / "runs"))
+    assert main(["train", str(tmp_path / "r.yaml")]) != 0
+    assert "lower lr" in (said := capsys.readouterr().err) and "checkpoint" in said and "Traceback" not in said
+    assert runs.Run.open(next((tmp_path / "runs").glob("train-*"))).status == "failed"
+
+
 def test_full_training_with_frozen_parts(tmp_path):
     run = runs.Run.create("full", {}, root=tmp_path, trackers=[])
     done = trainer.train(Recipe(**TINY | dict(method="full", freeze="patch_embed.*", steps=2, validate_every=0, lr=1e-4)), run=run)
@@ -449,6 +481,7 @@ def test_full_training_with_frozen_parts(tmp_path):
     a, b = before.parts.transformer.state_dict(), after.parts.transformer.state_dict()
     changed = {k for k in a if not torch.equal(a[k].float(), b[k].float())}
     assert changed and not any(k.startswith("patch_embed.") for k in changed)
+    assert {n for n, p in after.parts.transformer.named_parameters() if "attn1.to_" in n and n.endswith("weight")} <= changed
 
 
 def test_replay_is_part_of_each_batch(tmp_path):

@@ -26,7 +26,7 @@ from ..progress import Cancel, Progress, ProgressFn
 from ..store import atomic_write
 
 # %% ../../nbs/50_train/51_loop.ipynb #eb846926
-OPTIMIZERS = ("adamw", "muon")
+OPTIMIZERS = ("adamw", "muon", "adamw8bit")
 SCHEDULES = {"cosine": lambda done: (1 + math.cos(math.pi * done)) / 2, "linear": lambda done: 1 - done, "constant": lambda done: 1.0}  # share of the run done -> height
 
 
@@ -35,7 +35,7 @@ class TrainConfig:
     "How long, how fast, how often."
     steps: int
     lr: float = 2e-3
-    optimizer: str = "adamw"     # or "muon": hidden matrices by Muon at three times lr, the rest by AdamW
+    optimizer: str = "adamw"     # or "muon": hidden matrices by Muon at three times lr, the rest by AdamW; or "adamw8bit"
     betas: tuple = (0.9, 0.99)
     weight_decay: float = 0.01
     warmup: int = 150            # steps of linear warm-up
@@ -47,6 +47,8 @@ class TrainConfig:
     save_every: int = 200        # steps
     accumulate: int = 1          # batches before the weights change
     schedule: str = "cosine"     # a key of SCHEDULES
+    scaled: bool = False         # the loss is scaled before the gradient, as fp16 needs it
+    offload: str = "none"        # or "optimizer": its memory on the host
     diverged: float = 0.0        # stop when the mean loss passes this many times the first one; 0: never
 
     def __post_init__(self):
@@ -72,11 +74,14 @@ def hidden_matrices(model: nn.Module) -> set[str]:
 
 
 def optimizers(params: dict[str, nn.Parameter], config: TrainConfig, hidden: set[str]) -> list[torch.optim.Optimizer]:
-    "AdamW over everything, or Muon over the `hidden` matrices and AdamW over the rest. A group's `share` multiplies the learning rate."
+    "AdamW over everything, in eight bits or on the host where asked; or Muon over the `hidden` matrices and AdamW over the rest. A group's `share` multiplies the learning rate."
+    from vidgen.train.thrift import Offloaded, adamw8bit
+
     mine = hidden if config.optimizer == "muon" else set()
     matrices, rest = ([p for n, p in params.items() if (n in mine) == wanted] for wanted in (True, False))
     both = dict(lr=config.lr, weight_decay=config.weight_decay)
-    made = [torch.optim.AdamW(rest, betas=config.betas, **both)] if rest else []
+    adamw = adamw8bit if config.optimizer == "adamw8bit" else Offloaded if config.offload == "optimizer" else torch.optim.AdamW
+    made = [adamw(rest, betas=config.betas, **both)] if rest else []
     if matrices:
         made.append(torch.optim.Muon([{"params": matrices, "share": 3.0}], adjust_lr_fn="match_rms_adamw", **both))
     return made
@@ -94,6 +99,7 @@ class State:
     params: dict = field(default_factory=dict)
     ema: dict = field(default_factory=dict)
     optimizers: list = field(default_factory=list)
+    scaler: object = None        # torch's GradScaler, which does nothing unless config.scaled
     facts: dict = field(default_factory=dict)  # what else a resumed run must know, plain JSON
 
     def __post_init__(self):
@@ -102,12 +108,24 @@ class State:
             raise ValueError("nothing to train: no parameter of the model requires a gradient")
         self.ema = {n: p.detach().clone() for n, p in self.params.items()}
         self.optimizers = optimizers(self.params, self.config, hidden_matrices(self.model))
+        self.scaler = torch.amp.GradScaler(next(iter(self.params.values())).device.type, enabled=self.config.scaled)
 
-    def memory(self, name: str) -> dict:
-        "What the optimizer remembers of a parameter; to be changed in place."
-        p = self.params[name]
-        mine = next(o for o in self.optimizers if any(p is q for group in o.param_groups for q in group["params"]))
-        return mine.state[p]
+    def of(self, name: str) -> torch.optim.Optimizer:
+        "The optimizer that moves a parameter."
+        return next(o for o in self.optimizers if any(self.params[name] is q for group in o.param_groups for q in group["params"]))
+
+    def memory(self, name: str) -> dict[str, torch.Tensor]:
+        "What the optimizer remembers of a parameter; how many steps it made too, as a tensor."
+        return {k: v if isinstance(v, torch.Tensor) else torch.tensor(v) for k, v in self.of(name).state[self.params[name]].items()}
+
+    def remember(self, name: str, memory: dict[str, torch.Tensor]) -> None:
+        "Give the optimizer back what `memory` told of a parameter, placed and sliced as its own."
+        optimizer, p = self.of(name), self.params[name]
+        home = getattr(optimizer, "home", None)
+        count = memory.get("step")
+        kept = {k: v.to(home) if home else sliced(v, p) for k, v in memory.items() if k != "step"}
+        kept |= {} if count is None else {"step": count if count.is_floating_point() else int(count)}  # AdamW counts in a tensor, bitsandbytes doesn't
+        optimizer.state[p].update(kept)
 
     def average(self):
         "Move the averaged weights towards the current ones; early averages forget faster."
@@ -142,7 +160,7 @@ def contents(state: State) -> dict[str, torch.Tensor]:
     tensors = {}
     for name, p in state.params.items():
         tensors |= {f"model.{name}": p.detach(), f"ema.{name}": state.ema[name]}
-        tensors |= {f"optimizer.{name}.{k}": v for k, v in state.memory(name).items()}
+        tensors |= {f"optimizer.{name}.{k}": v.clone() if k.startswith("qmap") else v for k, v in state.memory(name).items()}  # one table for all of bitsandbytes' tensors
     return {k: whole(v).contiguous().cpu() for k, v in tensors.items()}
 
 
@@ -153,7 +171,7 @@ def save_state(state: State, path: Path, *, writes: bool = True):
     if not (writes or any(hasattr(p, "full_tensor") for p in state.params.values())):
         return
     tensors = contents(state)
-    meta = {"step": state.step, "seconds": round(state.seconds, 1), "curve": state.curve, "recent": state.recent, "config": asdict(state.config), "facts": state.facts}
+    meta = {"step": state.step, "seconds": round(state.seconds, 1), "curve": state.curve, "recent": state.recent, "config": asdict(state.config), "facts": state.facts, "scaler": state.scaler.state_dict()}
     if writes:
         atomic_write(Path(path), save(tensors, metadata={k: json.dumps(v) for k, v in meta.items()}))
 
@@ -183,11 +201,13 @@ def load_state(state: State, path: Path, *, check: bool = True) -> State:
                 p.copy_(sliced(tensors[f"model.{name}"], p))
                 state.ema[name].copy_(sliced(tensors[f"ema.{name}"], p))
                 memory = {k.rpartition(".")[2]: v for k, v in tensors.items() if k.startswith(f"optimizer.{name}.")}
-                state.memory(name).update({k: v if k == "step" else sliced(v, p) for k, v in memory.items()})
+                state.remember(name, memory)
     except Exception as err:
         raise CorruptWeights(f"{path} belongs to another model: {err}. Delete it to start this stage afresh.") from err
     state.step, state.seconds, state.curve, state.recent = (json.loads(meta[k]) for k in ("step", "seconds", "curve", "recent"))
     state.facts.update(json.loads(meta.get("facts", "{}")))
+    if scale := json.loads(meta.get("scaler", "{}")):
+        state.scaler.load_state_dict(scale)
     return state
 
 # %% ../../nbs/50_train/51_loop.ipynb #927dc40e
@@ -267,17 +287,20 @@ def slope(state: State, losses: Callable, team=Alone()) -> tuple[float, float]:
             found = team.mean(loss.item())
             if not math.isfinite(found):
                 raise FloatingPointError(f"the loss of step {state.step} is {found}; lower lr ({state.config.lr}) or look at the batch")
-            loss.backward()
+            state.scaler.scale(loss).backward()
         mean += found
+    for optimizer in state.optimizers:
+        state.scaler.unscale_(optimizer)
     return mean, float(whole(nn.utils.clip_grad_norm_(state.params.values(), state.config.clip)))
 
 
 def update(state: State):
-    "One step of the optimizer at this step's learning rate, then the average."
+    "One step of the optimizer at this step's learning rate, then the average. Where a scaled gradient is not finite the weights stay, and the scale is halved."
     for optimizer in state.optimizers:
         for group in optimizer.param_groups:
             group["lr"] = state.config.lr_at(state.step) * group.get("share", 1.0)
-        optimizer.step()
+        state.scaler.step(optimizer)
+    state.scaler.update()
     state.step += 1
     state.average()
 
@@ -304,9 +327,15 @@ def explodes(state: State) -> bool:
 
 
 def halt(state: State, shelf: Shelf, err: str) -> FloatingPointError:
-    "The error that ends a run whose loss is beyond repair; it names what is still good."
-    last = shelf.best if shelf.best.exists() else shelf.last
-    return FloatingPointError(f"{err}. The last good checkpoint: {last}" if last else f"{err}. No checkpoint was written before that")
+    "The error that ends a run whose loss is beyond repair; it names the best checkpoint, or the last one of other weights than those that failed."
+    from safetensors import safe_open
+
+    def step(path: Path) -> int:
+        with safe_open(str(path), "pt") as f:
+            return int(f.metadata()["step"])
+
+    good = [p for p in shelf.all() if step(p) < state.step] + [p for p in [shelf.best] if p.exists()]
+    return FloatingPointError(f"{err}. The last good checkpoint: {good[-1]}" if good else f"{err}. No checkpoint was written before that")
 
 # %% ../../nbs/50_train/51_loop.ipynb #778eebf2
 def fit(

@@ -36,6 +36,7 @@ from .loop import Alone, Shelf, State, TrainConfig, fit, load_state, record, who
 from .objective import Objective, held_errors, held_means, losses, objective
 from .team import collected, dealt
 from .report import write_report
+from .thrift import offloadable, store
 from .validate import check_metrics, improved, lent, measure, samples
 
 # %% ../../nbs/50_train/55_trainer.ipynb #886a4ab0
@@ -52,14 +53,14 @@ def clip_generators(seed: int, keys: tuple[str, ...]) -> list[torch.Generator]:
 class Learner(nn.Module):
     "The transformer under training with its objective: (Batch, generator) -> scalar."
 
-    def __init__(self, parts, how: Objective, *, half: bool = False, image_noise: float = 0.0):
+    def __init__(self, parts, how: Objective, *, precision: str = "fp32", image_noise: float = 0.0):
         super().__init__()
-        self.transformer, self.parts, self.how, self.half, self.image_noise = parts.transformer, parts, how, half, image_noise
+        self.transformer, self.parts, self.how, self.precision, self.image_noise = parts.transformer, parts, how, precision, image_noise
 
     def forward(self, batch: Batch, generator: torch.Generator) -> torch.Tensor:
         each = clip_generators(generator.initial_seed(), batch.keys)
         image = noisy(batch.image_B1CHW, self.image_noise, each)
-        with arithmetic(self.parts.device, self.half):
+        with arithmetic(self.parts.device, self.precision):
             return losses(self.parts, self.how, batch.z_BFCHW.to(self.parts.device).float(), here(batch.text, self.parts.device), generators=each, image=here(image, self.parts.device)).mean()
 
 # %% ../../nbs/50_train/55_trainer.ipynb #65ef0510
@@ -77,16 +78,17 @@ def noisy(image, deviation: float, generators: list):
     return image + deviation * torch.cat([torch.randn((1, *image.shape[1:]), generator=g) for g in generators]).to(image)
 
 
-def arithmetic(device: str, half: bool):
-    "bfloat16 where it pays, attention on a CPU left out; or nothing."
+def arithmetic(device: str, precision: str):
+    "bfloat16 or float16 where it pays, attention on a CPU left out; or nothing."
     from contextlib import ExitStack
 
+    from vidgen.models.family import dtype
     from vidgen.world.shapes import FloatAttention
 
     stack = ExitStack()
-    if half:
+    if precision != "fp32":
         kind = torch.device(device).type
-        stack.enter_context(torch.autocast(kind, torch.bfloat16))
+        stack.enter_context(torch.autocast(kind, dtype(precision)))
         stack.enter_context(FloatAttention() if kind == "cpu" else nullcontext())
     return stack
 
@@ -168,8 +170,8 @@ def together(batches: list[Batch]) -> Batch:
 # %% ../../nbs/50_train/55_trainer.ipynb #c90bad05
 def loop_config(r: Recipe) -> TrainConfig:
     "The part of a recipe that the loop reads."
-    same = ("steps", "lr", "optimizer", "weight_decay", "floor", "clip", "ema", "seed", "log_every", "save_every", "accumulate", "schedule")
-    return TrainConfig(**{k: getattr(r, k) for k in same}, warmup=min(r.warmup, max(r.steps - 1, 0)), diverged=20.0)
+    same = ("steps", "lr", "optimizer", "weight_decay", "floor", "clip", "ema", "seed", "log_every", "save_every", "accumulate", "schedule", "offload")
+    return TrainConfig(**{k: getattr(r, k) for k in same}, scaled=r.precision == "fp16", warmup=min(r.warmup, max(r.steps - 1, 0)), diverged=20.0)
 
 
 SAMPLE_SEED = 1000  # of the first clip a run shows; the next has the next
@@ -204,7 +206,7 @@ class Training:
         loader, mine = Loader(store, batch=1, seed=0, draw=False, prefetch=0), dealt(len(store), self.team)
         made = map(loader.made, mine)
         batches = ((int(b.keys[0][:8], 16), b.z_BFCHW.to(device).float(), here(b.text, device), here(b.image_B1CHW, device)) for b in made)
-        with lent(self.state.params, self.state.ema), arithmetic(device, self.learner.half):
+        with lent(self.state.params, self.state.ema), arithmetic(device, self.learner.precision):
             rows = held_errors(self.gen.parts, self.learner.how, batches, count=self.recipe.noise_levels, seed=self.recipe.seed)
         return held_means(collected(self.team, len(store), mine, rows))
 
@@ -263,7 +265,7 @@ def same_run(before: dict, now: dict, folder: Path, *, force: bool = False) -> l
     other += [f"{name} {before[key][:8]} -> {now[key][:8]}" for name, key in (("the model's weights", "model_hash"), ("the data", "data_hash")) if before[key] != now[key]]
     if other and not force:
         raise ValueError(f"{folder} was begun otherwise: {'; '.join(other)}. Start a new run, or go on all the same with --force")
-    if before["processes"] != now["processes"] or old.strategy != new.strategy:
+    if clips[0] == clips[1] and (before["processes"], old.strategy) != (now["processes"], new.strategy):
         was, goes = (f"{facts['processes']} x batch {r.batch}, {r.strategy}" for facts, r in ((before, old), (now, new)))
         warnings.warn(f"{folder.name} was begun by {was}, and goes on by {goes}: equal to rounding, not to the bit", stacklevel=3)
     return other
@@ -305,6 +307,10 @@ def built(r: Recipe, device: str = ""):
     from vidgen.models.registry import load
 
     gen = load(r.model, device=device or r.device, precision=r.precision if r.method == "lora" else "fp32")
+    if r.offload == "optimizer":
+        offloadable(gen.parts.device, r.strategy, r.optimizer)
+    if r.storage == "fp8":
+        store(gen.parts, r.precision)
     if r.method == "lora":
         lora.add(gen.parts, rank=r.rank, alpha=r.alpha, targets=r.targets, seed=r.seed)
     else:
@@ -324,8 +330,10 @@ def begun(r: Recipe, run, *, progress: ProgressFn | None = None, cancel: Cancel 
         team.wait()
     now, (mine, _, share) = identity(r, gen, data, team), lora.trainable(gen.parts.transformer)
     lora.checkpoint(gen.parts, r.checkpointing)
+    for block in lora.blocks(gen.parts) if r.compile else []:
+        block.compile()
     how = objective(gen.parts, r.objective, timesteps=r.timesteps, shift=r.shift, weighting=r.weighting, gamma=r.gamma)
-    learner = Learner(gen.parts, how, half=r.precision == "bf16", image_noise=r.image_noise)
+    learner = Learner(gen.parts, how, precision=r.precision, image_noise=r.image_noise)
     model = team.wrapped(learner, r.strategy, units=[*lora.blocks(gen.parts), gen.parts.transformer], shards=r.shards)
     state = restored(State(learner, loop_config(r)), now, run.path, r.keep, force=force)
     if team.rank == 0:
