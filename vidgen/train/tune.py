@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MOVABLE', 'SEARCHES', 'CHECKPOINT', 'Search', 'read_search', 'trial_run', 'adopt', 'reporter', 'trial', 'domains',
-           'told_by', 'tuned', 'trials', 'finished', 'picture']
+           'told_by', 'picture', 'tuned', 'trials', 'finished']
 
 # %% ../../nbs/50_train/581_tune.ipynb #6a488073
 import csv
@@ -13,7 +13,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from .. import runs
@@ -196,6 +196,22 @@ def told_by(search: Search) -> dict:
     asha = ASHAScheduler(time_attr="step", max_t=search.recipe.steps, grace_period=min(search.milestone, search.recipe.steps), reduction_factor=search.keep)
     return {"search_alg": OptunaSearch(metric="held_loss", mode="min", seed=search.seed), "scheduler": asha}
 
+# %% ../../nbs/50_train/581_tune.ipynb #c006b600
+def picture(search: Search, rows: list[dict]):
+    "A figure of all trials. ImportError that names vidgen[lab]."
+    need("matplotlib", "lab")
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for i, row in enumerate(rows):
+        left.plot(*zip(*row["curve"], strict=True), "o-", ms=3, lw=2 if not i else 1, color="C1" if not i else "0.6", zorder=3 if not i else 2)
+    left.set(xlabel="step", ylabel="held-out loss", title=f"{len(rows)} trials, {search.search}; the best in colour")
+    name = next((n for n, v in search.space.items() if isinstance(v, Range)), next(iter(search.space)))
+    right.scatter([row["setting"][name] for row in rows], [row["best"] for row in rows], c=["C1"] + ["0.5"] * (len(rows) - 1))
+    right.set(xlabel=name, ylabel="best held-out loss", xscale="log" if getattr(search.space[name], "log", False) else "linear")
+    return figure
+
 # %% ../../nbs/50_train/581_tune.ipynb #6b0ab68e
 def tuned(
     search: Search,
@@ -261,19 +277,3 @@ def finished(search: Search, run):
     run.finish(best=rows[0]["setting"], held_loss=rows[0]["best"], best_run=rows[0]["run"], trials=len(rows), ended_early=sum(row["status"] == "canceled" for row in rows), steps=steps,
                steps_of_a_grid=search.recipe.steps * len(rows))
     return run
-
-# %% ../../nbs/50_train/581_tune.ipynb #c006b600
-def picture(search: Search, rows: list[dict]):
-    "A figure of all trials. ImportError that names vidgen[lab]."
-    need("matplotlib", "lab")
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9, 3), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    for i, row in enumerate(rows):
-        left.plot(*zip(*row["curve"], strict=True), "o-", ms=3, lw=2 if not i else 1, color="C1" if not i else "0.6", zorder=3 if not i else 2)
-    left.set(xlabel="step", ylabel="held-out loss", title=f"{len(rows)} trials, {search.search}; the best in colour")
-    name = next((n for n, v in search.space.items() if isinstance(v, Range)), next(iter(search.space)))
-    right.scatter([row["setting"][name] for row in rows], [row["best"] for row in rows], c=["C1"] + ["0.5"] * (len(rows) - 1))
-    right.set(xlabel=name, ylabel="best held-out loss", xscale="log" if getattr(search.space[name], "log", False) else "linear")
-    return figure
