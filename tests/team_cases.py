@@ -13,7 +13,7 @@ from vidgen.train.config import Recipe
 from vidgen.train.team import team
 
 
-def launched(processes: int, cases: list[dict], root: Path, timeout: int = 170) -> dict:
+def launched(processes: int, cases: list[dict], root: Path, timeout: int = 500) -> dict:
     "Start the cases, each {name, facts, run: a folder to go on with, stop: a step to be asked to stop at}; {name: its Run}, and the output under \"\"."
     root.mkdir(parents=True, exist_ok=True)
     (root / "cases.json").write_text(json.dumps(cases))

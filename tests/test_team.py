@@ -14,6 +14,7 @@ from vidgen.train.config import Recipe
 from vidgen.train.loop import Shelf
 from vidgen.train.team import dealt, grid
 
+pytestmark = pytest.mark.timeout(600)
 TINY = dict(data="world:8", held="world:3/held", steps=3, batch=2, rank=2, latents="mean", save_every=2, log_every=1, validate_every=2, prompts=0, noise_levels=2, warmup=2, seed=3, device="cpu", caption_dropout=0.0)
 CASES = {
     "slices": dict(strategy="fsdp", prompts=3, inference_steps=2, metrics="oracle"),
