@@ -71,11 +71,12 @@ def hidden_matrices(model: nn.Module) -> set[str]:
 
 
 def optimizers(params: dict[str, nn.Parameter], config: TrainConfig, hidden: set[str]) -> list[torch.optim.Optimizer]:
-    "AdamW over everything, or Muon over the `hidden` matrices and AdamW over the rest. A group's `share` multiplies the learning rate."
+    "AdamW, in one kernel where there is one, over everything; or Muon over the `hidden` matrices and AdamW over the rest. A group's `share` multiplies the learning rate."
     mine = hidden if config.optimizer == "muon" else set()
     matrices, rest = ([p for n, p in params.items() if (n in mine) == wanted] for wanted in (True, False))
     both = dict(lr=config.lr, weight_decay=config.weight_decay)
-    made = [torch.optim.AdamW(rest, betas=config.betas, **both)] if rest else []
+    fused = all(p.device.type in ("cpu", "cuda") for p in rest)
+    made = [torch.optim.AdamW(rest, betas=config.betas, fused=fused, **both)] if rest else []
     if matrices:
         made.append(torch.optim.Muon([{"params": matrices, "share": 3.0}], adjust_lr_fn="match_rms_adamw", **both))
     return made
@@ -159,7 +160,7 @@ def load_state(state: State, path: Path, *, check: bool = True) -> State:
                 p.copy_(tensors[f"model.{name}"])
                 state.ema[name].copy_(tensors[f"ema.{name}"])
                 memory = {k.rpartition(".")[2]: v for k, v in tensors.items() if k.startswith(f"optimizer.{name}.")}
-                state.memory(name).update({k: v if k == "step" else v.to(p.device) for k, v in memory.items()})
+                state.memory(name).update({k: v if k == "step" and p.device.type != "cuda" else v.to(p.device) for k, v in memory.items()})
     except Exception as err:
         raise CorruptWeights(f"{path} belongs to another model: {err}. Delete it to start this stage afresh.") from err
     state.step, state.seconds, state.curve, state.recent = (json.loads(meta[k]) for k in ("step", "seconds", "curve", "recent"))
@@ -228,20 +229,20 @@ def rngs(config: TrainConfig, step: int) -> tuple[np.random.Generator, torch.Gen
     return rng, torch.Generator().manual_seed(int(rng.integers(2**62)))
 
 
-def slope(state: State, losses: Callable, team=Alone()) -> tuple[float, float]:
-    "(mean loss, gradient norm) of a step: `losses(i)` is the loss of its i-th batch. The norm is clipped once. Raises before a loss that is not finite can spoil the weights."
+def slope(state: State, losses: Callable, team=Alone()) -> tuple[float, torch.Tensor]:
+    "(mean loss, gradient norm) of a step: `losses(i)` is the loss of its i-th batch. The norm is clipped once, and stays on its device. Raises before a loss that is not finite can spoil the weights."
     for optimizer in state.optimizers:
         optimizer.zero_grad(set_to_none=True)
     count, mean = state.config.accumulate, 0.0
     for i in range(count):
         with team.unshared() if i < count - 1 else nullcontext():
             loss = losses(i) / count
-            found = team.mean(loss.item())
+            loss.backward()
+            found = team.mean(loss.item())  # asked now, so that a GPU has the way back to do meanwhile
             if not math.isfinite(found):
                 raise FloatingPointError(f"the loss of step {state.step} is {found}; lower lr ({state.config.lr}) or look at the batch")
-            loss.backward()
         mean += found
-    return mean, float(nn.utils.clip_grad_norm_(state.params.values(), state.config.clip))
+    return mean, nn.utils.clip_grad_norm_(state.params.values(), state.config.clip)
 
 
 def update(state: State):
@@ -322,7 +323,7 @@ def fit(
         state.recent.append(value)
         state.seconds = time.monotonic() - began
         if state.step % config.log_every == 0 or state.step == config.steps:
-            note(state, run, stage, progress, norm)
+            note(state, run, stage, progress, float(norm))
             if explodes(state):
                 raise halt(state, shelf, f"the loss rose from {state.curve[0][1]:.3g} to {state.curve[-1][1]:.3g} by step {state.step}: lower lr ({config.lr})")
         done = watch(state) if watch else False
