@@ -728,3 +728,22 @@ def test_validate_and_adapter_commands(tmp_path, whole, monkeypatch, capsys):
     assert main(["adapter", "export", "mine", "--format", "merged", "--out", str(tmp_path / "merged")]) == 0
     assert vidgen.load(tmp_path / "merged").weights != vidgen.load("shapes-t2v").weights
     assert main(["adapter", "export", "mien"]) == 2 and main(["train", str(tmp_path / "none.yaml")]) == 2
+
+
+def test_validate_chooses_what_applies_and_says_so(tmp_path, whole, capsys):
+    from vidgen.cli import main
+
+    (tmp_path / "press.txt").write_text("a red circle moving right on a white background\n")
+    assert main(["validate", str(whole.folder), "--scenarios", str(tmp_path / "press.txt"), "--steps", "2", "--out", str(tmp_path / "out"), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert set(found["metrics"]["after"]) >= {"temporal_stability", "oracle", "clip_score@world"} and any("of the world" in line for line in found["chosen"])
+    chosen, why = validate.suited(["a glass of juice on a beach"], brand="press.json")
+    assert chosen.split(",")[0] == "temporal_stability" and "oracle" not in chosen and chosen.endswith("brand_score") and "a brand is given" in why[-1]
+
+
+def test_clip_is_measured_only_where_its_weights_are(monkeypatch):
+    monkeypatch.setattr(validate, "at_hand", lambda name: name == validate.EYES[1])
+    assert f"clip_score@{validate.EYES[1]}" in validate.suited(["a glass of juice"])[0]
+    monkeypatch.undo()
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda repo, file: None)
+    assert "clip" not in validate.suited(["a glass of juice"])[0]

@@ -19,6 +19,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from .errors import Canceled, CorruptWeights, DoesNotFit, WeightsMissing, unknown
+from .progress import on_signals
 
 # %% ../nbs/05_cli.ipynb #f094e4a6
 class Command(NamedTuple):
@@ -184,20 +185,10 @@ def say(head: str, text: str, *, colour: str = "red") -> None:
     Console(stderr=True, highlight=False, soft_wrap=True).print(Text(f"{head}: ", style=f"bold {colour}") + Text(text, style=colour))
 
 # %% ../nbs/05_cli.ipynb #3c08f28a
-@contextmanager
-def _interrupts() -> Iterator[None]:
+def _interrupts():
     "A request to terminate ends a command as Ctrl-C does; afterwards all is as before."
-    try:
-        before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
-        ignored = before[signal.SIGINT] is signal.SIG_IGN  # a shell's background does that
-        signal.signal(signal.SIGTERM, _end if ignored else lambda *_: signal.raise_signal(signal.SIGINT))
-    except ValueError:  # not the main thread
-        before = {}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    now = signal.getsignal(signal.SIGINT)  # ignored in a shell's background
+    return on_signals({signal.SIGINT: now, signal.SIGTERM: _end if now is signal.SIG_IGN else lambda *_: signal.raise_signal(signal.SIGINT)})
 
 
 def _end(*_) -> None:

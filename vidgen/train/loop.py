@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -74,13 +75,14 @@ def hidden_matrices(model: nn.Module) -> set[str]:
 
 
 def optimizers(params: dict[str, nn.Parameter], config: TrainConfig, hidden: set[str]) -> list[torch.optim.Optimizer]:
-    "AdamW over everything, in eight bits or on the host where asked; or Muon over the `hidden` matrices and AdamW over the rest. A group's `share` multiplies the learning rate."
+    "AdamW over everything, in one kernel where there is one, in eight bits or on the host where asked; or Muon over the `hidden` matrices and AdamW over the rest. A group's `share` multiplies the learning rate."
     from vidgen.train.thrift import Offloaded, adamw8bit
 
     mine = hidden if config.optimizer == "muon" else set()
     matrices, rest = ([p for n, p in params.items() if (n in mine) == wanted] for wanted in (True, False))
     both = dict(lr=config.lr, weight_decay=config.weight_decay)
-    adamw = adamw8bit if config.optimizer == "adamw8bit" else Offloaded if config.offload == "optimizer" else torch.optim.AdamW
+    fused = all(p.device.type in ("cpu", "cuda") and not hasattr(p, "full_tensor") for p in rest)
+    adamw = adamw8bit if config.optimizer == "adamw8bit" else Offloaded if config.offload == "optimizer" else partial(torch.optim.AdamW, fused=fused)
     made = [adamw(rest, betas=config.betas, **both)] if rest else []
     if matrices:
         made.append(torch.optim.Muon([{"params": matrices, "share": 3.0}], adjust_lr_fn="match_rms_adamw", **both))
@@ -124,7 +126,7 @@ class State:
         home = getattr(optimizer, "home", None)
         count = memory.get("step")
         kept = {k: v.to(home) if home else sliced(v, p) for k, v in memory.items() if k != "step"}
-        kept |= {} if count is None else {"step": count if count.is_floating_point() else int(count)}  # AdamW counts in a tensor, bitsandbytes doesn't
+        kept |= {} if count is None else {"step": count.to(p.device if optimizer.defaults.get("fused") else "cpu") if count.is_floating_point() else int(count)}  # AdamW counts in a tensor, bitsandbytes doesn't
         optimizer.state[p].update(kept)
 
     def average(self):
@@ -276,22 +278,22 @@ def rngs(config: TrainConfig, step: int) -> tuple[np.random.Generator, torch.Gen
     return rng, torch.Generator().manual_seed(int(rng.integers(2**62)))
 
 
-def slope(state: State, losses: Callable, team=Alone()) -> tuple[float, float]:
-    "(mean loss, gradient norm) of a step: `losses(i)` is the loss of its i-th batch. The norm is clipped once. Raises before a loss that is not finite can spoil the weights."
+def slope(state: State, losses: Callable, team=Alone()) -> tuple[float, torch.Tensor]:
+    "(mean loss, gradient norm) of a step: `losses(i)` is the loss of its i-th batch. The norm is clipped once, and stays on its device. Raises before a loss that is not finite can spoil the weights."
     for optimizer in state.optimizers:
         optimizer.zero_grad(set_to_none=True)
     count, mean = state.config.accumulate, 0.0
     for i in range(count):
         with team.unshared() if i < count - 1 else nullcontext():
             loss = losses(i) / count
-            found = team.mean(loss.item())
+            state.scaler.scale(loss).backward()
+            found = team.mean(loss.item())  # asked now, so that a GPU has the way back to do meanwhile
             if not math.isfinite(found):
                 raise FloatingPointError(f"the loss of step {state.step} is {found}; lower lr ({state.config.lr}) or look at the batch")
-            state.scaler.scale(loss).backward()
         mean += found
     for optimizer in state.optimizers:
         state.scaler.unscale_(optimizer)
-    return mean, float(whole(nn.utils.clip_grad_norm_(state.params.values(), state.config.clip)))
+    return mean, whole(nn.utils.clip_grad_norm_(state.params.values(), state.config.clip))
 
 
 def update(state: State):
@@ -379,7 +381,7 @@ def fit(
         state.recent.append(value)
         state.seconds = time.monotonic() - began
         if state.step % config.log_every == 0 or state.step == config.steps:
-            note(state, run, stage, progress, norm)
+            note(state, run, stage, progress, float(norm))
             if explodes(state):
                 raise halt(state, shelf, f"the loss rose from {state.curve[0][1]:.3g} to {state.curve[-1][1]:.3g} by step {state.step}: lower lr ({config.lr})")
         done = watch(state) if watch else False
