@@ -40,11 +40,11 @@ test: $(READY) ## everything CI checks (make test STEPS="lint pytest" runs some 
 	@HF_HUB_OFFLINE=1 $(BIN)/python tests/suite.py $(STEPS)
 
 $(VENV)/.track: $(READY)
-	@echo "installing the trackers into $(VENV)"
-	@$(BIN)/python -m pip install --progress-bar off -e '.[track]' > $(VENV)/track.log 2>&1 || { tail -n 15 $(VENV)/track.log; exit 1; }
+	@echo "installing the trackers and Ray into $(VENV)"
+	@$(BIN)/python -m pip install --progress-bar off -e '.[track,ray]' > $(VENV)/track.log 2>&1 || { tail -n 15 $(VENV)/track.log; exit 1; }
 	@touch $@
 
-soak: $(VENV)/.track ## the slow tests: the classic flow engine, real trackers
+soak: $(VENV)/.track ## the slow tests: the classic flow engine, real trackers, workers and trials of Ray
 	@HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -m slow tests
 
 lab: $(READY) ## JupyterLab on the notebooks

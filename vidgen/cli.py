@@ -47,7 +47,12 @@ COMMANDS = {
         vidgen train experiments/030_lora_brand/params/cpu.yaml
         vidgen train mine.yaml --set lr 5e-4 --set rank 8
         vidgen train --resume runs/train-…
-        torchrun --nproc-per-node 2 --no-python vidgen train mine.yaml"""),
+        torchrun --nproc-per-node 2 --no-python vidgen train mine.yaml
+        vidgen train mine.yaml --ray-workers 2"""),
+    "tune": Command("vidgen.train.tune_command:tune", "Search for a learning rate, a rank, a batch, on a Ray cluster.", """
+        vidgen tune experiments/030_lora_brand/tune.yaml
+        vidgen tune mine.yaml --set steps 400 --ray-address auto
+        vidgen tune --resume runs/tune-…"""),
     "validate": Command("vidgen.train.command:validate", "Clips and metrics of an adapter, without it and with it.", """
         vidgen validate runs/train-…/adapter --scenarios press.yaml
         vidgen validate my-brand --scenarios press.txt --metrics brand_score --brand brand.json"""),

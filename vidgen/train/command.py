@@ -40,14 +40,16 @@ def train(
     resume: Annotated[str | None, typer.Option("--resume", help="The folder of a run to go on with, exactly.", show_default=False)] = None,
     change: Annotated[list[str] | None, typer.Option("--set", "-s", metavar="NAME VALUE", help="A line of the recipe; again for more.", show_default=False)] = None,
     force: Annotated[bool, typer.Option("--force", help="Go on although model, data or settings are others.")] = False,
+    ray_workers: Annotated[int, typer.Option("--ray-workers", help="Train on a Ray cluster with so many workers.", min=0, show_default=False)] = 0,
+    ray_address: Annotated[str, typer.Option("--ray-address", help="Of the cluster, or auto.", show_default="one of this machine")] = "",
+    restarts: Annotated[int, typer.Option("--restarts", help="With Ray: how often lost workers are started again.", min=0)] = 3,
     check: Annotated[bool, typer.Option("--check", help="Print the recipe and stop.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> int:
     "Train an adapter or a model by a recipe. Status 75: stopped after a checkpoint, run it again with --resume."
     from vidgen.errors import Canceled
     from vidgen.progress import Cancel
-    from vidgen.train import config, trainer
-    from vidgen.train.team import team
+    from vidgen.train import config
 
     if (file is None) == (resume is None):
         raise ValueError("give a recipe or --resume RUN, one of them: vidgen train experiments/030_lora_brand/params/cpu.yaml")
@@ -55,25 +57,56 @@ def train(
     if check and file:
         print(json.dumps(config.read_recipe(file, given).to_dict(), indent=1))
         return 0
-    together = team(cpu=given.get("device") == "cpu")
-    cancel = Cancel()
+    cancel, made = Cancel(), []
     with asked_to_stop(cancel):
-        if resume:
-            r, run = trainer.reopened(resume)
-            r = config.recipe(r.to_dict() | given, resume)
-        else:
-            r, run = config.read_recipe(file, given), None
-        run = run or trainer.created(r, together)
         try:
-            with run if not together.rank else trainer.nullcontext():
-                found = trainer.train(r, run=run, cancel=cancel, force=force, team=together)
-                if found:
-                    run.finish(steps=found.steps, before=found.before, after=found.after, folder=str(found.folder))
+            if ray_workers:
+                found = _on_ray(file, resume, given, made, cancel=cancel, workers=ray_workers, address=ray_address, restarts=restarts, force=force)
+            else:
+                found = _here(file, resume, given, made, cancel=cancel, force=force)
         except Canceled:
-            return _stopped(run, cancel.reason)
+            return _stopped(made[0], cancel.reason)
     if found:
-        print(json.dumps({"run": str(run.path), "folder": str(found.folder), "steps": found.steps, "before": found.before, "after": found.after}, indent=1) if as_json else _told(found))
+        print(json.dumps(found, indent=1) if as_json else _told(found))
     return 0
+
+
+def _asked(file: str | None, resume: str | None, given: dict):
+    "(recipe, the Run to go on with or None)."
+    from vidgen.train import config, trainer
+
+    if not resume:
+        return config.read_recipe(file, given), None
+    r, run = trainer.reopened(resume)
+    return config.recipe(r.to_dict() | given, resume), run
+
+
+def _here(file, resume, given: dict, made: list, *, cancel, force: bool) -> dict | None:
+    "Train in this process and those of its launcher; nothing on those that aren't the first. The run is put into `made`."
+    from vidgen.train import trainer
+    from vidgen.train.team import team
+
+    together = team(cpu=given.get("device") == "cpu")
+    r, run = _asked(file, resume, given)
+    made.append(run or trainer.created(r, together))
+    with made[0] if not together.rank else trainer.nullcontext():
+        found = trainer.train(r, run=made[0], cancel=cancel, force=force, team=together)
+        if found:
+            made[0].finish(steps=found.steps, before=found.before, after=found.after, folder=str(found.folder))
+    return {"run": str(made[0].path), "folder": str(found.folder), "steps": found.steps, "before": found.before, "after": found.after} if found else None
+
+
+def _on_ray(file, resume, given: dict, made: list, *, workers: int, address: str, **how) -> dict:
+    "Train on a Ray cluster."
+    from vidgen.errors import need
+    from vidgen.train import cluster, trainer
+
+    need("ray", "ray")
+    r, run = _asked(file, resume, given)
+    cluster.connect(address, cpus=workers)
+    made.append(run or trainer.created(r))
+    done = cluster.train_on(r, run=made[0], workers=workers, address=address, **how)
+    return {"run": str(done.path)} | done.manifest["result"]
 
 
 def _stopped(run, why: str) -> int:
@@ -83,11 +116,11 @@ def _stopped(run, why: str) -> int:
     return 130 if why == "SIGINT" else REQUEUE
 
 
-def _told(found) -> str:
+def _told(found: dict) -> str:
     "What a person wants to know."
-    width = max(map(len, found.after))
-    lines = [f"{k:<{width}}  {found.before.get(k, float('nan')):8.4f} -> {v:8.4f}" for k, v in found.after.items()]
-    return "\n".join([f"{found.steps} steps; {found.folder}", *lines])
+    width = max(map(len, found["after"]))
+    lines = [f"{k:<{width}}  {found['before'].get(k, float('nan')):8.4f} -> {v:8.4f}" for k, v in found["after"].items()]
+    return "\n".join([f"{found['steps']} steps; {found['folder']}", *lines])
 
 # %% ../../nbs/50_train/59_command.ipynb #1a3a6eef
 def validate(

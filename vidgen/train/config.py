@@ -17,6 +17,7 @@ from ..errors import unknown
 CHOICES = {
     "method": ("lora", "full"), "latents": ("drawn", "mean"), "objective": ("auto", "v_mse", "flow_match", "edm"), "timesteps": ("uniform", "logit_normal"), "weighting": ("none", "min_snr"),
     "optimizer": ("adamw", "muon"), "schedule": ("cosine", "constant", "linear"), "precision": ("fp32", "bf16"), "checkpointing": ("none", "full", "selective"),
+    "strategy": ("ddp", "fsdp", "hsdp"),
 }
 
 
@@ -57,6 +58,8 @@ class _Fields:
     ema: float = 0.99                  # decay of the averaged weights
     precision: str = "fp32"            # of the frozen weights and the arithmetic
     checkpointing: str = "none"        # of activations: all blocks, or every other one
+    strategy: str = "ddp"              # of several processes: a copy each; fsdp: one copy, a slice each; hsdp: a copy for every few
+    shards: int = 0                    # hsdp: processes that hold a copy together; 0: those of one machine, or half of them where there is but one
     device: str = "auto"
     seed: int = 0
     log_every: int = 20                # these four in steps
@@ -78,7 +81,7 @@ class _Fields:
 
 # %% ../../nbs/50_train/53_config.ipynb #bb5c8254
 LEAST = {"rank": 1, "steps": 1, "batch": 1, "accumulate": 1, "warmup": 0, "log_every": 1, "save_every": 1, "validate_every": 0, "sample_every": 0, "keep": 1,
-         "noise_levels": 1, "held_clips": 1, "patience": 0, "prompts": 0, "inference_steps": 0, "seed": 0}
+         "noise_levels": 1, "held_clips": 1, "patience": 0, "prompts": 0, "inference_steps": 0, "seed": 0, "shards": 0}
 SHARES = ("replay_share", "caption_dropout", "image_dropout", "floor", "ema")
 POSITIVE = ("alpha", "lr", "gamma", "clip")
 
@@ -162,7 +165,7 @@ def assignments(words: list[str]) -> dict:
     return {k.strip(): yaml.safe_load(v) if v.strip() else "" for k, v in (w.split("=", 1) for w in words)}
 
 # %% ../../nbs/50_train/53_config.ipynb #9035e2c4
-FREE = ("log_every", "save_every", "validate_every", "sample_every", "keep", "device", "trackers", "prompts", "metrics", "inference_steps", "patience", "encoded")  # none of these moves a weight
+FREE = ("strategy", "shards", "log_every", "save_every", "validate_every", "sample_every", "keep", "device", "trackers", "prompts", "metrics", "inference_steps", "patience", "encoded")  # none of these moves a weight
 
 
 def differences(before: Recipe, now: Recipe) -> list[str]:

@@ -22,7 +22,7 @@ def samples(
     prompts: list[str],
     *,
     images: list | None = None,     # first frames, for a model that starts from one
-    seed: int = 1000,               # of the first clip
+    seed: int | list[int] = 1000,   # of the first clip, or each one's
     num_inference_steps: int = 0,   # 0: the model's own
     cancel: Cancel | None = None,
 ) -> list[Clip]:
