@@ -40,8 +40,8 @@ test: $(READY) ## everything CI checks (make test STEPS="lint pytest" runs some 
 	@HF_HUB_OFFLINE=1 $(BIN)/python tests/suite.py $(STEPS)
 
 $(VENV)/.track: $(READY)
-	@echo "installing the trackers into $(VENV)"
-	@$(BIN)/python -m pip install --progress-bar off -e '.[track]' > $(VENV)/track.log 2>&1 || { tail -n 15 $(VENV)/track.log; exit 1; }
+	@echo "installing the trackers and Ray into $(VENV)"
+	@$(BIN)/python -m pip install --progress-bar off -e '.[track,ray]' > $(VENV)/track.log 2>&1 || { tail -n 15 $(VENV)/track.log; exit 1; }
 	@touch $@
 
 services: ## install what test-services needs from Debian: PostgreSQL, Redis, Prometheus (promtool), Chromium
@@ -55,7 +55,7 @@ test-services: $(READY) ## tests against private servers on loopback: PostgreSQL
 	[ -z "$$missing" ] || { echo "missing:$$missing; \`make services\` installs them from Debian's packages"; exit 1; }
 	@HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -m "services and not slow" --durations=5 tests
 
-soak: $(VENV)/.track ## the slow tests: the classic flow engine, real trackers, kill loops, 120,000 random events
+soak: $(VENV)/.track ## the slow tests: the classic flow engine, real trackers, workers and trials of Ray, kill loops, 120,000 random events
 	@HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -m slow tests
 
 lab: $(READY) ## JupyterLab on the notebooks

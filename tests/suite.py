@@ -127,7 +127,7 @@ def notebooks():
 
 def pytest():
     "tests of faults, races, properties and invariants"
-    call("python", "-m", "pytest", "-q", "--durations=5", mend="`pytest tests/FILE.py -k NAME` runs one alone.")
+    call("python", "-m", "pytest", "-q", "--durations=12", "-n", WORKERS, "--dist", "loadfile", mend="`pytest tests/FILE.py -k NAME` runs one alone.")
 
 
 def smoke():

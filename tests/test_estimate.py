@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from vidgen.errors import DoesNotFit
 from vidgen.models import registry
 from vidgen.models.estimate import CARDS, ROOM, cheaper, choose, computed, estimate, ladder, resident, roomy, rungs, speed, stored, takes, why
-from vidgen.models.family import FAMILIES, family, save_parts
+from vidgen.models.family import FAMILIES, PRECISIONS, family, save_parts
 from vidgen.models.needs import fits, fitting, needs
 from vidgen.models.plan import GIB, Plan
 from vidgen.models.published import known, picture, sizes, skeleton, text
@@ -356,3 +356,18 @@ def test_speeds_are_listed_or_measured():
     assert speed("h100", "bf16")[0] == 0.33 * 989e12 and speed("cpu", "fp32")[0] > 0 and "guess" in speed("cpu", "fp32")[1]
     assert all(card.share < 0.7 and card.half > card.single / 2 for card in CARDS.values())
     assert set(FAMILIES) == set(TINY) and known("shapes-t2v")[1] is not None
+
+
+@pytest.mark.parametrize("model", ["shapes-t2v", "shapes-i2v", "cogvideox-2b", "cogvideox-5b", "cogvideox-5b-i2v", "cogvideox1.5-5b"])
+def test_a_loaded_model_expects_of_a_clip_what_the_estimate_says(model):
+    "One source: batches are decided by the same number that the plan prints."
+    entry, parts = skeleton(model)
+    plan = estimate(model, device="h200")
+    said = parts.family.clip_bytes(parts.configs, entry.num_frames, entry.height, entry.width, PRECISIONS[entry.precision]) / 2**30
+    assert said == pytest.approx(max(plan.memory["denoising"], plan.memory["decoding"]), rel=0.03)
+
+
+@pytest.mark.parametrize("frames", [1, 5, 9, 13, 21, 33])
+def test_clips_of_any_length_are_expected_as_they_are_walked(frames):
+    parts = skeleton("shapes-t2v")[1]
+    assert parts.family.clip_bytes(parts.configs, frames, 64, 96, 4) == pytest.approx(decoding("shapes-t2v", "fp32", (frames, 64, 96)).peak_bytes, rel=0.03)

@@ -12,6 +12,7 @@ import types
 import numpy as np
 import pytest
 
+import vidgen
 from vidgen import runs
 from vidgen.errors import Canceled
 from vidgen.runs import Run, Tracker, environment, find, params_hash, peak_memory, root
@@ -246,6 +247,32 @@ def test_mlflow_is_told_parameters_metrics_files_and_the_end(tmp_path, monkeypat
     run.finish("canceled")
     assert said[0] == f"sqlite:///{tmp_path / 'mlflow.db'}" and ("log_param", "r", "lr", 0.1, {}) in said
     assert ("log_metric", "r", "loss", 0.5, {"step": 4}) in said and said[-1] == ("set_terminated", "r", "KILLED", {})
+
+
+def test_a_tracker_that_can_t_begin_is_left_behind(tmp_path):
+    class Away(Tracker):
+        def __init__(self, run):
+            raise ConnectionError("server away")
+
+    with pytest.warns(UserWarning, match="Away can't begin to track.*server away"):
+        run = Run.create("away", {}, root=tmp_path, trackers=[Away])
+        run.log(step=1, loss=1.0)
+    run.finish()
+    assert run.status == "succeeded" and len((run.path / "metrics.csv").read_text().splitlines()) == 2
+
+
+def test_clips_are_not_replaced_unless_asked(tmp_path):
+    run, clip = Run.create("again", {}, root=tmp_path, trackers=[]), vidgen.Clip(np.zeros((2, 16, 16, 3), np.uint8), fps=8)
+    run.save_clip("a", clip)
+    with pytest.raises(FileExistsError):
+        run.save_clip("a", clip)
+    assert run.save_clip("a", clip, overwrite=True).exists()
+
+
+def test_a_childs_peak_is_its_own():
+    assert np.ones(2**26).any() and peak_memory()["host_gib"] > 0.5
+    child = subprocess.run([sys.executable, "-c", "from vidgen.runs import peak_memory; print(peak_memory()['host_gib'])"], capture_output=True, text=True, check=True)
+    assert float(child.stdout) < 0.4
 
 
 @pytest.mark.slow

@@ -11,10 +11,11 @@ import psutil
 import pytest
 import yaml
 
-from vidgen import sweeps
+from vidgen import space, sweeps
 from vidgen.errors import Canceled
 from vidgen.progress import Cancel
 from vidgen.runs import Run, find
+from vidgen.space import Plan, Range
 from vidgen.sweeps import Failed, check, command, from_text, grid, parameters, run
 
 PARAMETERS = 'run_dir = ""  # the run\'s folder\nsteps = 2  # how many\nrate = 0.5  # how fast\n'
@@ -341,3 +342,109 @@ def test_a_report_shows_result_stages_and_folder(make, tmp_path):
     curve.finish(curve=list(range(1000)), seen="a star")
     long = sweeps.report(curve)
     assert max(map(len, long.splitlines())) < 400 and "manifest.json" in long and "a star" in long
+
+
+# files, ranges, tables
+
+@pytest.mark.parametrize(("text", "says"), [
+    ("[1]", "name: \\[values\\]"), ("draws: 3\n", "varies nothing"), ("steps: []\n", "steps has no values"), ("rate: {low: 2, high: 1}\n", "rate: a range goes from low to high"), ("rate: {low: 0, high: 1, log: true}\n", "above 0"),
+    ("rate: {lo: 1, high: 2}\n", "look at 'lo'"), ("draws: 0\nsteps: [1]\n", "draws is a whole number"), ("steps: [1\n", "can't be read as YAML"), ("stepps: [1]\n", "nearest: steps"), ("preset: smok\nsteps: [1]\n", "nearest: smoke"),
+    ("words: {low: 1, high: 2}\n", "a range is of numbers"),
+])
+def test_sweep_files_that_are_refused_before_anything_runs(make, text, says):
+    folder = make(parameters=PARAMETERS + "words = 'a'\n", smoke={"steps": 1})
+    (folder / "sweep.yaml").write_text(text)
+    with pytest.raises((ValueError, TypeError), match=says):
+        grid("900_count")
+    assert not runs_made()
+
+
+def test_a_file_with_ranges_seeds_and_a_preset(make, tmp_path, capsys):
+    folder = make(parameters=PARAMETERS + "seed = 0  # of chance\n", cells=["from vidgen.runs import Run\nRun.open(run_dir).finish(loss={'mean': rate + seed}, steps=steps)"], small={"steps": 7})
+    (folder / "sweep.yaml").write_text("preset: small\nrate: [5e-1]\nsteps: {low: 1, high: 9}\ndraws: 2\nseed: [0, 1]\n")
+    assert command("900_count", [("rate", "0.25")], sweep=True, show=["loss.mean"], out=str(tmp_path / "out/table.json")) == 0
+    made = [r.params for r in runs_made()]
+    drawn = [round(0.5 + s[0] * 9) for s in space.shares(2, 1)]
+    assert [p["seed"] for p in made] == [0, 0, 1, 1] and [p["steps"] for p in made] == drawn * 2 and {p["rate"] for p in made} == {0.25}
+    table = json.loads((tmp_path / "out/table.json").read_text())
+    assert [line["setting"]["steps"] for line in table["table"]] == drawn and table["preset"] == "small"
+    mean = table["table"][0]["result"]["loss.mean"]
+    assert mean["value"] == 0.75 and mean["n"] == 2 and mean["low"] < 0.25 < 1.25 < mean["high"]
+    assert "0.75 [" in (out := capsys.readouterr().out) and "sweep.csv" in out
+    assert command("900_count", out="x.json") == 2 and "--sweep" in capsys.readouterr().err
+
+
+def test_points_cover_a_space_and_a_longer_sweep_repeats_nothing():
+    plan = Plan({"a": Range(0, 1), "b": Range(1e-4, 1, log=True), "c": ["x", "y"]}, draws=16)
+    found = [p for p in plan.points() if p["c"] == "x"]
+    assert len(found) == 16 and {int(p["a"] * 4) for p in found} == {0, 1, 2, 3} and min(p["b"] for p in found) < 1e-3 < 1e-1 < max(p["b"] for p in found)
+    assert space.points({"a": Range(0, 1), "b": Range(1, 2)}, draws=4) == space.points({"a": Range(0, 1), "b": Range(1, 2)}, draws=9)[:4]
+
+
+def test_one_seed_has_no_interval_and_a_failure_is_missing():
+    lines = space.table([{"params": {"a": 1, "seed": 0}, "status": "succeeded", "result": {"x": 1}}, {"params": {"a": 1, "seed": 1}, "status": "failed", "result": {"x": 9}}])
+    assert lines == [{"setting": {"a": 1}, "runs": 2, "missing": 1, "result": {"x": {"value": 1.0, "low": None, "high": None, "n": 1}}}]
+    with pytest.raises(ValueError, match="nearest: x"):
+        space.shown(lines, ["xx"])
+
+
+# killed
+
+def killed_when(process, condition):
+    for _ in range(600):
+        if condition() or process.poll() is not None:
+            break
+        time.sleep(0.05)
+    assert process.poll() is None, process.communicate()
+    process.kill()
+    process.wait(30)
+
+
+def gone(pid):
+    for _ in range(200):
+        if not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE:
+            return True
+        time.sleep(0.1)
+    return False
+
+
+def test_a_killed_sweep_goes_on_with_what_is_missing(make):
+    "kill -9 in the second of three runs: the first isn't repeated, the table is the whole one's."
+    folder = make(cells=["import os, time\nfrom vidgen.runs import Run\nrun = Run.open(run_dir)\nrun.record(kernel=os.getpid())\nif steps == 2 and not os.path.exists('calm'):\n    time.sleep(60)", WORK])
+    (folder / "sweep.yaml").write_text("steps: [1, 2, 3]\n")
+    killed_when(process := shell("sys.exit(command('900_count', sweep=True))"), lambda: any("kernel" in r.manifest and r.params["steps"] == 2 for r in runs_made()))
+    table, = (folder.parent.parent / "runs").glob("sweep-900_count-*/sweep.json")
+    before = json.loads(table.read_text())
+    assert [r["status"] for r in before["runs"]] == ["succeeded", "to come", "to come"] and process.returncode == -signal.SIGKILL
+    assert [r.status for r in runs_made()] == ["succeeded", "died"] and gone(runs_made()[1].manifest["kernel"])
+    open("calm", "w").close()
+    assert command("900_count", sweep=True) == 0
+    assert [(r.params["steps"], r.status) for r in runs_made()] == [(1, "succeeded"), (2, "died"), (2, "succeeded"), (3, "succeeded")]
+    after = json.loads(table.read_text())
+    assert [r["result"]["total"] for r in after["runs"]] == [0.5, 1.0, 1.5] and after["runs"][0]["run"] == before["runs"][0]["run"]
+
+
+TRAINED = """
+from pathlib import Path
+from vidgen.runs import Run
+from vidgen.train.config import Recipe
+from vidgen.train.trainer import train
+run = Run.open(run_dir)
+done = train(Recipe(data="world:8", held="world:2/held", steps=steps, batch=1, rank=2, latents="mean", save_every=4, log_every=1, validate_every=0, prompts=0, noise_levels=1, warmup=0, device="cpu", lr=rate), run=run)
+run.finish(steps=done.steps, loss=done.after["loss/mean"])
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_killed_training_of_a_sweep_goes_on_at_its_checkpoint(make):
+    "And ends with the numbers of the one nobody killed, in the folder it was begun in."
+    make(cells=[TRAINED])
+    killed_when(shell("sys.exit(command('900_count', [('steps', '60'), ('rate', '1e-3')]))"), lambda: any(any(r.path.glob("checkpoints/step-*.safetensors")) for r in runs_made()))
+    killed, = runs_made()
+    done = run("900_count", steps=60, rate=1e-3)
+    assert done.path == killed.path and done.manifest["resumed"] == 1 and done.status == "succeeded" and done.manifest["result"]["steps"] == 60
+    steps = [row["step"] for row in done.metrics() if "train/loss" in row]
+    assert steps.count(1) == 1 and set(steps) == set(range(1, 61))
+    calm = run("900_count", steps=60, rate=1e-3, force=True)
+    assert calm.path != done.path and calm.manifest["result"] == done.manifest["result"]

@@ -1,4 +1,5 @@
 """Training end to end: recipes, formulas, adapters, real kills, two processes, and what is refused."""
+import csv
 import json
 import os
 import signal
@@ -350,6 +351,13 @@ def test_an_exploding_rate_stops_and_names_the_last_good_checkpoint(tmp_path):
         fit(m, lambda n: torch.ones(4, 2), lambda b, g: m(b).mean() * float("nan"), TrainConfig(4), folder=tmp_path / "new", by_number=True)
 
 
+def test_a_checkpoint_of_the_weights_that_failed_is_not_good(tmp_path):
+    m, config_ = line(), TrainConfig(9, save_every=1)
+    with pytest.raises(FloatingPointError, match="the loss of step 3 is nan.*last good checkpoint: .*step-00000002"):
+        fit(m, lambda n: torch.full((1, 2), float("nan") if n == 3 else 1.0), lambda b, g: m(b).mean() ** 2, config_, folder=tmp_path, by_number=True, keep=2)
+    assert [p.stem for p in Shelf(tmp_path, 2).all()] == ["step-00000002", "step-00000003"]
+
+
 def test_patience_is_a_fact_of_the_run():
     facts = {}
     assert [validate.improved(facts, v, i) for i, v in enumerate((3, 2, 2.5, 2.1, 1))] == [True, True, False, False, True]
@@ -440,6 +448,31 @@ def test_a_resume_of_another_kind_is_refused(whole):
     (whole.run.path / trainer.IDENTITY).write_text(json.dumps(json.loads((whole.run.path / trainer.IDENTITY).read_text()) | {"recipe": r.to_dict()}))
 
 
+def test_what_a_resume_compares():
+    before = {"recipe": Recipe(**TINY).to_dict(), "model_hash": "a" * 64, "data_hash": "b" * 64, "processes": 2}
+    for change, said in ((dict(model_hash="c" * 64), "the model's weights aaaaaaaa -> cccccccc"), (dict(data_hash="c" * 64), "the data bbbbbbbb -> cccccccc"), (dict(processes=4), "clips of a step 4 -> 8"),
+                         (dict(recipe=Recipe(**TINY | dict(model="shapes-i2v")).to_dict()), "model shapes-t2v -> shapes-i2v")):
+        with pytest.raises(ValueError, match=f"{said}.*--force"):
+            trainer.same_run(before, before | change, Path("run"))
+        assert len(trainer.same_run(before, before | change, Path("run"), force=True)) == 1
+    with pytest.warns(UserWarning, match="2 x batch 2, ddp, and goes on by 1 x batch 4, fsdp"):
+        assert trainer.same_run(before, before | dict(processes=1, recipe=Recipe(**TINY | dict(batch=4, strategy="fsdp")).to_dict()), Path("run")) == []
+
+
+def test_an_output_that_can_t_be_written_and_a_rate_that_explodes(tmp_path, monkeypatch, capsys):
+    from vidgen.cli import main
+
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(TINY | dict(lr=1e30, validate_every=0, warmup=0)))
+    (tmp_path / "file").write_text("no folder")
+    monkeypatch.setenv("VIDGEN_STORAGE_RUNS", str(tmp_path / "file"))
+    assert main(["train", str(tmp_path / "r.yaml")]) != 0
+    assert "file" in (said := capsys.readouterr().err) and "Traceback" not in said
+    monkeypatch.setenv("VIDGEN_STORAGE_RUNS", str(tmp_path / "runs"))
+    assert main(["train", str(tmp_path / "r.yaml")]) != 0
+    assert "lower lr" in (said := capsys.readouterr().err) and "checkpoint" in said and "Traceback" not in said
+    assert runs.Run.open(next((tmp_path / "runs").glob("train-*"))).status == "failed"
+
+
 def test_full_training_with_frozen_parts(tmp_path):
     run = runs.Run.create("full", {}, root=tmp_path, trackers=[])
     done = trainer.train(Recipe(**TINY | dict(method="full", freeze="patch_embed.*", steps=2, validate_every=0, lr=1e-4)), run=run)
@@ -448,6 +481,7 @@ def test_full_training_with_frozen_parts(tmp_path):
     a, b = before.parts.transformer.state_dict(), after.parts.transformer.state_dict()
     changed = {k for k in a if not torch.equal(a[k].float(), b[k].float())}
     assert changed and not any(k.startswith("patch_embed.") for k in changed)
+    assert {n for n, p in after.parts.transformer.named_parameters() if "attn1.to_" in n and n.endswith("weight")} <= changed
 
 
 def test_replay_is_part_of_each_batch(tmp_path):
@@ -457,6 +491,54 @@ def test_replay_is_part_of_each_batch(tmp_path):
     batch = trainer.Feed(r, data).batch_at(0)
     known = [{row["key"] for row in data.stores[n].rows()} for n in ("data", "replay")]
     assert len(batch.keys) == 4 and batch.z_BFCHW.shape[0] == 4 and sum(k in known[1] for k in batch.keys[2:]) == 2
+
+
+def test_attention_is_in_float32_inside_bf16_on_a_cpu(tmp_path, monkeypatch):
+    "By position or by name: the processor of the models gives its tensors by name."
+    gen, seen = vidgen.load("shapes-t2v"), []
+    data = trainer.prepared(Recipe(**TINY), gen, tmp_path)
+
+    class Watch(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            if func is torch.nn.functional.scaled_dot_product_attention:
+                seen.extend(t.dtype for t in (*args, *kwargs.values()) if isinstance(t, torch.Tensor))
+            return func(*args, **kwargs or {})
+    with Watch():
+        trainer.Learner(gen.parts, ob.objective(gen.parts), half=True)(trainer.Feed(Recipe(**TINY), data).batch_at(0), torch.Generator().manual_seed(0))
+    assert len(seen) >= 12 and set(seen) == {torch.float32}
+
+
+def test_encoded_data_serve_several_runs(tmp_path):
+    "Encoded into a folder of its own, found again by the next run, and no reason to refuse a resume."
+    facts = TINY | dict(steps=1, validate_every=0, encoded=str(tmp_path / "encoded"))
+    first = trainer.train(Recipe(**facts), run=runs.Run.create("first", {}, root=tmp_path, trackers=[]))
+    shards = {p: p.stat().st_mtime_ns for p in (tmp_path / "encoded").rglob("0*.safetensors")}
+    trainer.train(Recipe(**facts | dict(seed=4)), run=runs.Run.create("second", {}, root=tmp_path, trackers=[]))
+    assert shards and shards == {p: p.stat().st_mtime_ns for p in (tmp_path / "encoded").rglob("0*.safetensors")}
+    assert not (first.run.path / "encoded").exists() and not config.differences(Recipe(**facts), Recipe(**TINY | dict(steps=1, validate_every=0)))
+
+
+def test_a_curve_is_drawn_in_the_cell_that_trains(tmp_path):
+    "In a real kernel: pictures while it trains, none left when it has ended, and one that is shown for good."
+    import nbformat
+    from nbclient import NotebookClient
+
+    code = """
+from pathlib import Path
+from vidgen import runs
+from vidgen.train.curve import Curve
+from vidgen.progress import Progress
+run = runs.Run.create("drawn", {}, root=Path("HERE"), trackers=[])
+curve, sent = Curve(run, every=0), []
+for step in (1, 2, 3):
+    run.log(step=step, **{"train/loss": 1 / step, "held/loss/0.50": 2 / step})
+    curve(Progress("train", step, 4))
+    sent.append(bool(curve.handle))
+"""
+    book = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(code.replace("HERE", str(tmp_path))), nbformat.v4.new_code_cell('curve(Progress("train", 4, 4))\nassert all(sent)\ncurve')])
+    NotebookClient(book, timeout=120).execute(env={**os.environ, "CI": ""})
+    kinds = [[kind for out in cell.outputs for kind in out.get("data", {}) if kind == "image/png"] for cell in book.cells]
+    assert kinds == [[], ["image/png"]] and "image/png" in book.cells[1].outputs[-1]["data"]
 
 
 @pytest.mark.parametrize("wrong, said", [(dict(data=""), "names no data"), (dict(data="world:0"), "world|empty|no sample"), (dict(metrics="oracel"), "nearest: oracle"), (dict(metrics="brand_score"), "brand file"),
@@ -478,6 +560,25 @@ def test_missing_captions_and_short_clips(tmp_path, monkeypatch):
         trainer.prepared(Recipe(**TINY), vidgen.load("shapes-t2v"), tmp_path)
 
 
+def test_films_and_report_are_told_and_a_repeated_step_replaces_its_films(tmp_path):
+    heard = []
+
+    class Ear(runs.Tracker):
+        def file(self, name, path):
+            heard.append(path.name)
+
+        def kept(self, path):
+            heard.append(path.stem)
+    run = runs.Run.create("films", {}, root=tmp_path, trackers=[Ear])
+    (run.path / "samples").mkdir()
+    (run.path / "samples/step000002-0.mp4").write_bytes(b"of a step that was computed before the process died")
+    done = trainer.train(Recipe(**TINY | dict(steps=2, validate_every=0, sample_every=2, prompts=1, inference_steps=1)), run=run)
+    assert heard == ["before-0.mp4", "step000002-0.mp4", "step-00000002", "after-0.mp4", adapters.FILE, "report.html"]
+    page = (run.path / "artifacts/report.html").read_text()
+    assert page.count("<img") == 2 and f"{done.after['loss/mean']:.4g}" in page and "world:12" in page
+    assert len((run.path / "metrics.csv").read_text().splitlines()) == 1 + len((run.path / "metrics.jsonl").read_text().splitlines())
+
+
 def test_a_tracker_that_can_t_be_reached_is_a_warning(tmp_path):
     class Gone(runs.Tracker):
         def log(self, step, metrics):
@@ -486,6 +587,39 @@ def test_a_tracker_that_can_t_be_reached_is_a_warning(tmp_path):
     with pytest.warns(UserWarning, match="no route to host"):
         trainer.train(Recipe(**TINY | dict(steps=2, validate_every=0)), run=run)
     assert len([r for r in run.metrics() if "train/loss" in r]) == 2 and len((run.path / "metrics.csv").read_text().splitlines()) > 2
+
+
+@pytest.mark.slow
+def test_real_trackers_get_numbers_films_adapter_and_report(tmp_path, monkeypatch):
+    "wandb offline and MLflow on SQLite, neither pretended; resumed, MLflow goes on with the same run."
+    mlflow, wandb = pytest.importorskip("mlflow"), pytest.importorskip("wandb")
+    monkeypatch.setenv("VIDGEN_STORAGE_RUNS", str(tmp_path))
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    facts = TINY | dict(steps=4, validate_every=2, sample_every=2, prompts=1, inference_steps=2, trackers="wandb,mlflow")
+    done = trainer.train(Recipe(**facts))
+    client = mlflow.MlflowClient(tracking_uri=f"sqlite:///{tmp_path / 'mlflow.db'}")
+    ask = lambda: client.search_runs([client.get_experiment_by_name("train").experiment_id])
+    found, = ask()
+    assert [m.step for m in client.get_metric_history(found.info.run_id, "train/loss")] == [1, 2, 3, 4] and found.info.status == "FINISHED"
+    kept = {f.path for folder in ("samples", "adapter", "artifacts") for f in client.list_artifacts(found.info.run_id, folder)}
+    assert {"samples/before-0.mp4", "samples/step000002-0.mp4", "samples/after-0.mp4", f"adapter/{adapters.FILE}", "artifacts/report.html"} <= kept
+    session, = done.run.path.glob("wandb/offline-run-*")
+    assert [p.name for p in session.glob("files/media/videos/*.mp4")] and b"report.html" in next(session.glob("*.wandb")).read_bytes() and adapters.FILE.encode() in next(session.glob("*.wandb")).read_bytes()
+    r, run = trainer.reopened(done.run.path)
+    with run:
+        trainer.train(config.recipe(r.to_dict() | {"trackers": "mlflow"}), run=run)
+    assert len(ask()) == 1
+    assert wandb.run is None
+
+
+@pytest.mark.slow
+def test_training_goes_on_when_mlflow_is_away(tmp_path, monkeypatch):
+    pytest.importorskip("mlflow")
+    monkeypatch.setenv("VIDGEN_STORAGE_RUNS", str(tmp_path))
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    with pytest.warns(UserWarning, match="MLflow can't begin to track"):
+        done = trainer.train(Recipe(**TINY | dict(steps=2, validate_every=0, trackers="mlflow")))
+    assert done.run.status == "succeeded" and len((done.run.path / "metrics.csv").read_text().splitlines()) == 1 + len(done.run.metrics())
 
 
 def test_two_processes_equal_one(tmp_path):
@@ -535,6 +669,36 @@ trainer.train(recipe, run=runs.Run.open(path, trackers=[]))
 """
 
 
+def test_a_step_is_logged_once_after_a_kill(tmp_path):
+    "Killed with -9 at step 5, whose last checkpoint is of step 4; and once more at the end, when all is logged."
+    run = runs.Run.create("killed", {}, root=tmp_path, trackers=[])
+    code = """
+import os, signal, sys
+from pathlib import Path
+from vidgen import runs
+from vidgen.train import trainer
+from vidgen.train.config import Recipe
+plain, end = trainer.Training.watch, trainer.record
+def die(when):
+    if when:
+        os.kill(os.getpid(), signal.SIGKILL)
+for where in ("step", "end"):
+    if not os.fork():
+        trainer.Training.watch = lambda self, state: (plain(self, state), die(where == "step" and state.step == 5))[0]
+        trainer.record = lambda state, run, stage, *given, **named: (end(state, run, stage, *given, **named), die(where == "end" and stage == "after"))[0]
+        trainer.train(Recipe(**%r), run=runs.Run.open(sys.argv[1], trackers=[]))
+    assert os.wait()[1] == signal.SIGKILL
+    print([row["step"] for row in runs.Run.open(sys.argv[1]).metrics()], flush=True)
+""" % (TINY | dict(validate_every=5),)
+    done = subprocess.run([sys.executable, "-c", code, str(run.path)], capture_output=True, text=True, timeout=170, env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"})
+    logged = [1, 2, 3, 4, 5, 5, 6, 6]
+    assert done.stdout.splitlines()[-2:] == [str(logged[:6]), str(logged)], done.stdout + done.stderr
+    trainer.train(Recipe(**TINY | dict(validate_every=5)), run=runs.Run.open(run.path, trackers=[]))
+    rows = list(csv.DictReader((run.path / "metrics.csv").open()))
+    assert [r["step"] for r in run.metrics()] == logged == [int(r["step"]) for r in rows]
+    assert [bool(r["train/loss"]) for r in rows].count(True) == 6 and [bool(r["after/loss/mean"]) for r in rows].count(True) == 1
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_twenty_kills(tmp_path):
@@ -564,3 +728,22 @@ def test_validate_and_adapter_commands(tmp_path, whole, monkeypatch, capsys):
     assert main(["adapter", "export", "mine", "--format", "merged", "--out", str(tmp_path / "merged")]) == 0
     assert vidgen.load(tmp_path / "merged").weights != vidgen.load("shapes-t2v").weights
     assert main(["adapter", "export", "mien"]) == 2 and main(["train", str(tmp_path / "none.yaml")]) == 2
+
+
+def test_validate_chooses_what_applies_and_says_so(tmp_path, whole, capsys):
+    from vidgen.cli import main
+
+    (tmp_path / "press.txt").write_text("a red circle moving right on a white background\n")
+    assert main(["validate", str(whole.folder), "--scenarios", str(tmp_path / "press.txt"), "--steps", "2", "--out", str(tmp_path / "out"), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert set(found["metrics"]["after"]) >= {"temporal_stability", "oracle", "clip_score@world"} and any("of the world" in line for line in found["chosen"])
+    chosen, why = validate.suited(["a glass of juice on a beach"], brand="press.json")
+    assert chosen.split(",")[0] == "temporal_stability" and "oracle" not in chosen and chosen.endswith("brand_score") and "a brand is given" in why[-1]
+
+
+def test_clip_is_measured_only_where_its_weights_are(monkeypatch):
+    monkeypatch.setattr(validate, "at_hand", lambda name: name == validate.EYES[1])
+    assert f"clip_score@{validate.EYES[1]}" in validate.suited(["a glass of juice"])[0]
+    monkeypatch.undo()
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda repo, file: None)
+    assert "clip" not in validate.suited(["a glass of juice"])[0]

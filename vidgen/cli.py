@@ -19,6 +19,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from .errors import Canceled, CorruptWeights, DoesNotFit, WeightsMissing, unknown
+from .progress import on_signals
 
 # %% ../nbs/05_cli.ipynb #f094e4a6
 class Command(NamedTuple):
@@ -47,7 +48,12 @@ COMMANDS = {
         vidgen train experiments/030_lora_brand/params/cpu.yaml
         vidgen train mine.yaml --set lr 5e-4 --set rank 8
         vidgen train --resume runs/train-…
-        torchrun --nproc-per-node 2 --no-python vidgen train mine.yaml"""),
+        torchrun --nproc-per-node 2 --no-python vidgen train mine.yaml
+        vidgen train mine.yaml --ray-workers 2"""),
+    "tune": Command("vidgen.train.tune_command:tune", "Search for a learning rate, a rank, a batch, on a Ray cluster.", """
+        vidgen tune experiments/030_lora_brand/tune.yaml
+        vidgen tune mine.yaml --set steps 400 --ray-address auto
+        vidgen tune --resume runs/tune-…"""),
     "validate": Command("vidgen.train.command:validate", "Clips and metrics of an adapter, without it and with it.", """
         vidgen validate runs/train-…/adapter --scenarios press.yaml
         vidgen validate my-brand --scenarios press.txt --metrics brand_score --brand brand.json"""),
@@ -82,7 +88,8 @@ COMMANDS = {
     "sweep": Command("vidgen.cli:sweep", "Run an experiment, or a grid of it, on record.", """
         vidgen sweep experiments/001_first_clip
         vidgen sweep 001_first_clip -p seed 3 -p prompt "a green star moving up"
-        vidgen sweep 001_first_clip --preset smoke -g seed 1,2,3 -g steps 10,25"""),
+        vidgen sweep 001_first_clip --preset smoke -g seed 1,2,3 -g steps 10,25
+        vidgen sweep 030_lora_brand --sweep --show brand_score_after --out reports/data/030_sweep.json"""),
     "runs": Command("vidgen.cli:runs", "List recorded runs, the latest first.", "vidgen runs\nvidgen runs 001_first_clip -n 3\nvidgen runs --status canceled"),
     "doctor": Command("vidgen.doctor:command", "Check this machine, and say what mends each problem.", "vidgen doctor\nvidgen doctor --json"),
 }
@@ -178,20 +185,10 @@ def say(head: str, text: str, *, colour: str = "red") -> None:
     Console(stderr=True, highlight=False, soft_wrap=True).print(Text(f"{head}: ", style=f"bold {colour}") + Text(text, style=colour))
 
 # %% ../nbs/05_cli.ipynb #3c08f28a
-@contextmanager
-def _interrupts() -> Iterator[None]:
+def _interrupts():
     "A request to terminate ends a command as Ctrl-C does; afterwards all is as before."
-    try:
-        before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
-        ignored = before[signal.SIGINT] is signal.SIG_IGN  # a shell's background does that
-        signal.signal(signal.SIGTERM, _end if ignored else lambda *_: signal.raise_signal(signal.SIGINT))
-    except ValueError:  # not the main thread
-        before = {}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    now = signal.getsignal(signal.SIGINT)  # ignored in a shell's background
+    return on_signals({signal.SIGINT: now, signal.SIGTERM: _end if now is signal.SIG_IGN else lambda *_: signal.raise_signal(signal.SIGINT)})
 
 
 def _end(*_) -> None:
@@ -317,6 +314,8 @@ def sweep(
     preset: Annotated[str | None, typer.Option(help="params/<preset>.yaml of the experiment.", show_default=False)] = None,
     force: Annotated[bool, typer.Option("--force", help="Run again what is finished.")] = False,
     whole: Annotated[bool, typer.Option("--sweep", help="Try the values of the experiment's sweep.yaml.")] = False,
+    show: Annotated[list[str] | None, typer.Option("--show", help="A column of the table; again for more.", show_default="numbers that differ")] = None,
+    out: Annotated[str, typer.Option("--out", "-o", help="Write the table as JSON, e.g. reports/data/030_sweep.json.", show_default=False)] = "",
 ) -> int:
     "Run an experiment, or a grid of it, on record."
     from vidgen import sweeps
@@ -326,4 +325,4 @@ def sweep(
             raise ValueError(f"{wrong[0]!r} has no value: -p NAME VALUE, e.g. -p seed 3")
         return [tuple(w.split("=", 1)) for w in words]
 
-    return sweeps.command(experiment, pairs(param), over=pairs(grid), preset=preset, force=force, sweep=whole)
+    return sweeps.command(experiment, pairs(param), over=pairs(grid), preset=preset, force=force, sweep=whole, show=show or (), out=out)

@@ -167,15 +167,19 @@ class LocalStore:
 
 # %% ../nbs/04_store.ipynb #8612e222
 def open_store(
-    url: str | Path | None = None,  # a folder, or file:///folder; None: storage.root of the settings
-) -> LocalStore:
-    "The store at an address. Errors: ValueError for an address nobody here can open."
+    url: str | Path | None = None,  # a folder, file:///folder or s3://bucket/prefix; None: storage.root of the settings
+):
+    "The store at an address: a LocalStore, or an S3Store. Errors: ValueError for an address nobody here can open; ImportError without vidgen[s3]."
     address = settings.get().storage.root if url is None else str(url)
     scheme, colon, rest = address.partition("://")
     if not colon:
         return LocalStore(settings.get().folder(address) if url is None else address)
+    if scheme == "s3" and rest.strip("/"):
+        from vidgen.bucket import S3Store
+
+        return S3Store(*rest.split("/", 1))
     if scheme != "file":
-        raise ValueError(f"{address}: {unknown('kind of store', scheme, ['file'])}; a plain folder works too")
+        raise ValueError(f"{address}: {unknown('kind of store', scheme, ['file', 's3'])}; a plain folder works too, and s3://bucket/prefix")
     if not rest.startswith("/"):
         raise ValueError(f"{address}: a file address has three slashes, e.g. file:///data/{rest}")
     return LocalStore(unquote(rest))

@@ -16,16 +16,17 @@ from ..models.family import stock
 # %% ../../nbs/30_generate/353_adapters.ipynb #335b4c57
 def attach(
     gen,                      # a loaded Generator
-    path: str | Path,         # a .safetensors file or a folder that holds one
+    path: str | Path,         # a .safetensors file or a folder that holds one; or s3://bucket/…
     *,
     name: str | None = None,  # default: the file's or folder's name
     scale: float = 1.0,       # how strongly it acts
 ) -> str:
     "Put a LoRA adapter on the transformer; returns its name. FileNotFoundError, or ValueError if the name can't be used, the file says it belongs to another base, or it doesn't fit."
+    from vidgen.bucket import at_hand
     from vidgen.store import fingerprint
     from vidgen.train.adapters import check_base
 
-    path = Path(path).expanduser()
+    path = at_hand(path)
     file = file_of(path)
     name = name or re.sub(r"\W+", "-", path.stem if path.is_file() else path.name).strip("-")
     if not re.fullmatch(r"[\w-]+", name):

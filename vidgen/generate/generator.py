@@ -27,6 +27,7 @@ from .steps import measured, parse, sparse, written
 from ..models.family import PRECISIONS, Entry, Parts
 from ..models.plan import GIB, Plan, for_clip
 from ..progress import Cancel, ProgressFn, bar
+from ..runs import peak_rss
 
 # %% ../../nbs/30_generate/33_generator.ipynb #16dcf9de
 def whole(name: str, value) -> int:
@@ -180,22 +181,7 @@ def peak_gib(device: str) -> dict[str, float]:
     "Peak memory: of this process on the host, and on the GPU since the run began."
     import torch
 
-    return {"host": _host_peak() / GIB} | ({"device": torch.cuda.max_memory_allocated(device) / GIB} if device.startswith("cuda") else {})
-
-
-def _host_peak() -> int:
-    "Bytes. On Linux from /proc: getrusage tells a child the peak of the process that started it."
-    status = Path("/proc/self/status")
-    if found := status.read_text().partition("VmHWM:")[2].split() if status.exists() else []:
-        return int(found[0]) * 1024
-    try:
-        import resource
-
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    except ImportError:  # Windows has no resource module
-        import psutil
-
-        return psutil.Process().memory_info().rss
+    return {"host": peak_rss() / GIB} | ({"device": torch.cuda.max_memory_allocated(device) / GIB} if device.startswith("cuda") else {})
 
 
 def forget_peak(device: str) -> None:

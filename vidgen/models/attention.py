@@ -108,11 +108,14 @@ class Joint:
         return (q if attn.norm_q is None else attn.norm_q(q)), (k if attn.norm_k is None else attn.norm_k(k)), v
 
     def whole(self, attn) -> bool:
-        "Are the projections of `attn` still the views that `fuse` made?"
+        "Are the projections of `attn` still the views that `fuse` made, none of them wrapped by an adapter, and none to get a gradient, which the block would keep from it?"
         import torch
 
         weight, block, _ = getattr(attn, "one", (None, None, None))
-        if weight is None or attn.to_q.__class__ is not torch.nn.Linear or attn.to_q.weight is not weight:
+        layers = attn.to_q, attn.to_k, attn.to_v
+        if weight is None or any(layer.__class__ is not torch.nn.Linear for layer in layers) or attn.to_q.weight is not weight:
+            return False
+        if torch.is_grad_enabled() and any(p.requires_grad for layer in layers for p in layer.parameters()):
             return False
         return torch.compiler.is_compiling() or weight.data_ptr() == block.data_ptr()
 

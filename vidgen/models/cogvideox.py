@@ -4,13 +4,15 @@
 
 # %% auto #0
 __all__ = ['ENTRIES', 'TRANSFORMERS', 'SCHEDULERS', 'CACHING', 'FAMILY', 'transformer_config', 'tiny_text', 'tiny_vae',
-           'make_scheduler', 'tiny', 'spatial', 'rules', 'describe', 'clip_bytes', 'encode_prompt', 'latent_shape',
-           'encode_clip', 'encode_moments', 'encode_image', 'image_moments', 'decode', 'Sampler', 'sampler', 'rotary',
-           'extras', 'predict', 'target', 'training_loss', 'signal']
+           'make_scheduler', 'tiny', 'spatial', 'rules', 'describe', 'clip_bytes', 'unfolded', 'encode_prompt',
+           'latent_shape', 'encode_clip', 'encode_moments', 'encode_image', 'image_moments', 'decode', 'Sampler',
+           'sampler', 'rotary', 'extras', 'predict', 'target', 'training_loss', 'signal']
 
 # %% ../../nbs/20_models/23_cogvideox.ipynb #ece9b3ef
+import json
 import string
 from dataclasses import replace
+from functools import lru_cache
 
 from ..errors import unknown
 from .attention import joint
@@ -142,12 +144,28 @@ def describe(configs: dict, name: str, task: str) -> Entry:
 # %% ../../nbs/20_models/23_cogvideox.ipynb #8219656f
 def clip_bytes(configs: dict, num_frames: int, height: int, width: int, bytes_per_value: int) -> int:
     "Bytes one clip needs at its worst moment, beside the weights."
-    net, vae, side = configs["transformer"], configs["vae"], spatial(configs)
-    patch = side * net["patch_size"]
-    tokens = ((num_frames - 1) // 4 + 1) * (height // patch) * (width // patch) + net["max_text_seq_length"]
-    denoise = 2 * 12 * tokens * net["num_attention_heads"] * net["attention_head_dim"]
-    decode = 15 * vae["block_out_channels"][0] * min(num_frames, 9) * height * width
-    return bytes_per_value * max(denoise, decode)
+    net, side, latents = configs["transformer"], spatial(configs), (num_frames - 1) // 4 + 1
+    patch, pair = side * net["patch_size"], net.get("patch_size_t") or 1
+    tokens = -(-latents // pair) * (height // patch) * (width // patch) + net["max_text_seq_length"]
+    denoise = 2 * 13 * tokens * net["num_attention_heads"] * net["attention_head_dim"] * bytes_per_value
+    vae = json.dumps(dict(configs["vae"]), sort_keys=True, default=str)
+    return max(denoise, unfolded(vae, (min(latents, 6 - latents % 2), height // side, width // side), bytes_per_value))
+
+
+@lru_cache(maxsize=256)
+def unfolded(vae: str, shape_FHW: tuple[int, int, int], bytes_per_value: int) -> int:
+    "Bytes beside the weights while an autoencoder of that configuration (JSON) decodes latents."
+    import torch
+    from diffusers import AutoencoderKLCogVideoX
+
+    from vidgen.models.walk import decoded
+
+    with torch.device("meta"):
+        net = AutoencoderKLCogVideoX.from_config(json.loads(vae)).eval().requires_grad_(False)
+    torch.nn.Module.to(net, torch.float32 if bytes_per_value == 4 else torch.bfloat16)
+    parts = Parts("cogvideox", {"vae": net}, pipeline="CogVideoXPipeline", device="meta", precision="fp32" if bytes_per_value == 4 else "bf16")
+    frames, height, width = shape_FHW
+    return decoded(parts, (frames, net.config.latent_channels, height, width), 4 * frames - 3).peak_bytes
 
 # %% ../../nbs/20_models/23_cogvideox.ipynb #6a1a0e7c
 def encode_prompt(parts: Parts, prompts: list[str], x_BCHW=None) -> Text:

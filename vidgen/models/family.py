@@ -22,7 +22,8 @@ from pathlib import Path
 from ..errors import CorruptWeights, unknown
 
 # %% ../../nbs/20_models/21_family.ipynb #8ba6d13b
-_REMARKS = {"torch.utils._pytree": "is an Enum subclass", "diffusers.quantizers.torchao.torchao_quantizer": "Unable to import `torchao` Tensor objects"}
+_REMARKS = {"torch.utils._pytree": "is an Enum subclass", "diffusers.quantizers.torchao.torchao_quantizer": "Unable to import `torchao` Tensor objects",
+            "bitsandbytes.backends.cpu.ops": "Failed to load CPU gemm_4bit_forward"}
 
 
 def _leave_out(log: str, remark: str) -> None:

@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 
 from .. import settings
+from ..bucket import at_hand
 from ..errors import CorruptWeights, unknown
 from ..store import atomic_path, atomic_write, fingerprint
 
@@ -44,8 +45,8 @@ class Adapter:
 
 
 def adapter_file(path: str | Path) -> Path:
-    "The one safetensors file that a path means. Errors: FileNotFoundError."
-    path = Path(path).expanduser()
+    "The one safetensors file that a path, or an address s3://…, means. Errors: FileNotFoundError, and those of a store."
+    path = at_hand(path)
     files = [path] if path.is_file() else sorted(path.glob("*.safetensors")) if path.is_dir() else []
     if len(files) != 1:
         raise FileNotFoundError(f"{path} is no adapter: a .safetensors file, or a folder with one" + (f" (it holds {len(files)})" if path.is_dir() else ""))

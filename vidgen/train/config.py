@@ -16,7 +16,8 @@ from ..errors import unknown
 # %% ../../nbs/50_train/53_config.ipynb #1557f43d
 CHOICES = {
     "method": ("lora", "full"), "latents": ("drawn", "mean"), "objective": ("auto", "v_mse", "flow_match", "edm"), "timesteps": ("uniform", "logit_normal"), "weighting": ("none", "min_snr"),
-    "optimizer": ("adamw", "muon"), "schedule": ("cosine", "constant", "linear"), "precision": ("fp32", "bf16"), "checkpointing": ("none", "full", "selective"),
+    "optimizer": ("adamw", "muon", "adamw8bit"), "offload": ("none", "optimizer"), "schedule": ("cosine", "constant", "linear"), "precision": ("fp32", "bf16", "fp16"), "storage": ("same", "fp8"), "checkpointing": ("none", "full", "selective"),
+    "strategy": ("ddp", "fsdp", "hsdp"),
 }
 
 
@@ -30,6 +31,7 @@ class _Fields:
     buckets: tuple = ()                # FRAMESxHEIGHTxWIDTH of what is learned; (): the model's own size
     replay: str = ""                   # data the model knows already, mixed in so that it is not forgotten
     replay_share: float = 0.5          # of each batch that comes from replay
+    encoded: str = ""                  # where encoded data are kept for other runs, too; "": in the run's own folder
     method: str = "lora"               # or "full"
     targets: tuple = ()                # endings of the layers an adapter wraps; (): those of the family
     rank: int = 16
@@ -51,11 +53,16 @@ class _Fields:
     warmup: int = 50                   # steps
     floor: float = 0.02                # where the schedule ends, share of lr
     optimizer: str = "adamw"
+    offload: str = "none"              # optimizer: its memory lies on the host
     weight_decay: float = 0.01
     clip: float = 1.0                  # most gradient norm
     ema: float = 0.99                  # decay of the averaged weights
-    precision: str = "fp32"            # of the frozen weights and the arithmetic
+    precision: str = "fp32"            # of the frozen weights and the arithmetic; fp16 scales the loss
+    storage: str = "same"              # fp8: an adapter's frozen weights lie in eight bits
+    compile: bool = False              # the blocks, one graph for all
     checkpointing: str = "none"        # of activations: all blocks, or every other one
+    strategy: str = "ddp"              # of several processes: a copy each; fsdp: one copy, a slice each; hsdp: a copy for every few
+    shards: int = 0                    # hsdp: processes that hold a copy together; 0: those of one machine, or half of them where there is but one
     device: str = "auto"
     seed: int = 0
     log_every: int = 20                # these four in steps
@@ -71,13 +78,14 @@ class _Fields:
     metrics: str = ""                  # names of `vidgen metrics` that judge them
     brand: str = ""                    # a brand file, for the metrics that need one
     trackers: str = ""                 # wandb, mlflow: beside the files of the run
+    store: str = ""                    # s3://bucket/prefix, or a folder: the run is copied there at every checkpoint
 
     def __post_init__(self):
         self.check()
 
 # %% ../../nbs/50_train/53_config.ipynb #bb5c8254
 LEAST = {"rank": 1, "steps": 1, "batch": 1, "accumulate": 1, "warmup": 0, "log_every": 1, "save_every": 1, "validate_every": 0, "sample_every": 0, "keep": 1,
-         "noise_levels": 1, "held_clips": 1, "patience": 0, "prompts": 0, "inference_steps": 0, "seed": 0}
+         "noise_levels": 1, "held_clips": 1, "patience": 0, "prompts": 0, "inference_steps": 0, "seed": 0, "shards": 0}
 SHARES = ("replay_share", "caption_dropout", "image_dropout", "floor", "ema")
 POSITIVE = ("alpha", "lr", "gamma", "clip")
 
@@ -91,10 +99,12 @@ def fitted(name: str, value, kind: type):
             return float(value)
         except ValueError:
             pass
+    if kind is bool and isinstance(value, bool):
+        return value
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if kind is tuple or not isinstance(value, kind) or isinstance(value, bool):
-        raise TypeError(f"{name} is {dict(int='a whole number', float='a number', str='a text', tuple='a list of texts')[kind.__name__]}, not {value!r}")
+        raise TypeError(f"{name} is {dict(int='a whole number', float='a number', str='a text', tuple='a list of texts', bool='true or false')[kind.__name__]}, not {value!r}")
     return value
 
 
@@ -116,6 +126,10 @@ class Recipe(_Fields):
             raise ValueError(f"{wrong[0]} is above 0, not {getattr(self, wrong[0])}")
         if self.freeze and self.method == "lora":
             raise ValueError("freeze chooses weights of a full training; an adapter leaves all of them alone: choose its layers by targets, or method: full")
+        if self.storage == "fp8" and (self.method != "lora" or self.strategy != "ddp"):
+            raise ValueError("storage: fp8 is for weights that are frozen and whole: method: lora with strategy: ddp")
+        if self.precision == "fp16" and self.strategy != "ddp":
+            raise ValueError("precision: fp16 scales the loss by what each process finds in whole gradients; with weights in slices: precision: bf16, which needs no scale")
 
     def to_dict(self) -> dict:
         "Plain JSON."
@@ -161,7 +175,7 @@ def assignments(words: list[str]) -> dict:
     return {k.strip(): yaml.safe_load(v) if v.strip() else "" for k, v in (w.split("=", 1) for w in words)}
 
 # %% ../../nbs/50_train/53_config.ipynb #9035e2c4
-FREE = ("log_every", "save_every", "validate_every", "sample_every", "keep", "device", "trackers", "prompts", "metrics", "inference_steps", "patience")  # none of these moves a weight
+FREE = ("strategy", "shards", "offload", "compile", "log_every", "save_every", "validate_every", "sample_every", "keep", "device", "trackers", "store", "prompts", "metrics", "inference_steps", "patience", "encoded")  # none of these moves a weight
 
 
 def differences(before: Recipe, now: Recipe) -> list[str]:

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['USUAL', 'Objective', 'objective', 'drawn', 'levels', 'noise_variance', 'weights', 'error', 'losses', 'left_out',
-           'without', 'rows', 'held_loss']
+           'without', 'rows', 'middles', 'held_errors', 'held_means', 'held_loss']
 
 # %% ../../nbs/50_train/511_objective.ipynb #84076cb7
 from collections.abc import Iterable
@@ -122,17 +122,34 @@ def rows(condition, which):
     return {k: v[which] for k, v in condition.items()} if isinstance(condition, dict) else condition[which]
 
 # %% ../../nbs/50_train/511_objective.ipynb #e8629039
-def held_loss(parts: Parts, how: Objective, batches: Iterable, *, count: int = 5, seed: int = 0) -> dict[str, float]:
-    "Mean unweighted loss at `count` levels, `0.10`, `0.30` … by their u, and their `mean`. `batches` give (first number, z_BFCHW, text, image); clip n has noise of its own at each level."
-    places, found = [(i + 0.5) / count for i in range(count)], {}
+def middles(count: int) -> list[float]:
+    "The levels a held-out loss is measured at, by their u: the middles of `count` equal parts of 0..1."
+    return [(i + 0.5) / count for i in range(count)]
+
+
+def held_errors(parts: Parts, how: Objective, batches: Iterable, *, count: int = 5, seed: int = 0) -> list[list[float]]:
+    "The unweighted loss of each clip at each of `count` levels. `batches` give (first number, z_BFCHW, text, image); clip n has noise of its own at each level."
+    found = []
     with torch.no_grad():
         for first, z, text, image in batches:
-            for u in places:
+            columns = []
+            for u in middles(count):
                 generators = [torch.Generator().manual_seed(int(np.random.default_rng([seed, first + i, round(u * 1e6)]).integers(2**62))) for i in range(len(z))]
                 noise = torch.cat([torch.randn((1, *z.shape[1:]), generator=g) for g in generators]).to(z)
                 t = levels(parts, how, torch.full((len(z),), u), tuple(z.shape[1:])).to(z.device)
-                found.setdefault(f"{u:.2f}", []).append(error(parts, how, z, noise, t, text, image, generators))
-    if not found:
+                columns.append(error(parts, how, z, noise, t, text, image, generators).tolist())
+            found += [list(row) for row in zip(*columns, strict=True)]
+    return found
+
+# %% ../../nbs/50_train/511_objective.ipynb #773fef5d
+def held_means(rows: list[list[float]]) -> dict[str, float]:
+    "The mean of each level, `0.10`, `0.30` … by their u, and their `mean`. ValueError where there is no clip."
+    if not rows:
         raise ValueError("there is no clip to measure the loss on")
-    means = {k: float(torch.cat(v).mean()) for k, v in found.items()}
+    means = {f"{u:.2f}": float(torch.tensor(column).mean()) for u, column in zip(middles(len(rows[0])), zip(*rows, strict=True), strict=True)}
     return means | {"mean": sum(means.values()) / len(means)}
+
+
+def held_loss(parts: Parts, how: Objective, batches: Iterable, *, count: int = 5, seed: int = 0) -> dict[str, float]:
+    "Mean unweighted loss at `count` levels and their `mean`: `held_means` of `held_errors`."
+    return held_means(held_errors(parts, how, batches, count=count, seed=seed))

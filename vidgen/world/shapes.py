@@ -198,8 +198,9 @@ class FloatAttention(torch.overrides.TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if func is not F.scaled_dot_product_attention:
             return func(*args, **kwargs or {})
+        named = {k: v.float() if k in ("query", "key", "value") else v for k, v in (kwargs or {}).items()}
         with torch.autocast("cpu", enabled=False):
-            return func(*(a.float() for a in args), **kwargs or {})
+            return func(*(a.float() for a in args[:3]), *args[3:], **named)
 
 
 def denoiser_loss(model: nn.ModuleDict, scale: float, *, single: bool = False, image: bool = False):
