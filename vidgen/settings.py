@@ -99,7 +99,7 @@ class Storage:
     processed_days: float = key(3.0, "what stages leave for later ones, and previews, are kept so long", unit="days", low=0.001)
     videos_days: float = key(30.0, "finished clips of the service are kept so long", unit="days", low=0.001)
     temp_hours: float = key(1.0, "what died half made is removed after this", unit="hours", low=0.001)
-    least_free_gb: float = key(5.0, "with less free disk the service warns and takes no new job", unit="GB", low=0)
+    least_free_gib: float = key(5.0, "with less free disk the service warns and takes no new job", unit="GiB", low=0)
 
 
 @dataclass(frozen=True)
