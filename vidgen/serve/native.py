@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Priority', 'Expires', 'STREAM', 'Nothing', 'Submit', 'SubmitMany', 'JobView', 'seen', 'JobPage', 'FileView', 'routes',
-           'counted', 'converse', 'accept_many', 'BatchView', 'batch_jobs', 'ready']
+           'event_stream', 'converse', 'accept_many', 'BatchView', 'batch_jobs', 'ready']
 
 # %% ../../nbs/70_serve/784_native.ipynb #a681b60d
 import asyncio
@@ -181,14 +181,19 @@ def _reading(api, service: Service) -> None:
 STREAM = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
 
 
-async def counted(parts):
-    "The parts of a stream, which is counted as open meanwhile."
+def event_stream(parts):
+    "The answer that sends server-sent events; it is counted while it is open, and its reader is let go at once when the client has gone."
+    from fastapi.responses import StreamingResponse
+
     from vidgen.serve.health import streaming
 
-    with streaming("sse"):
-        async with contextlib.aclosing(parts):
-            async for part in parts:
-                yield part
+    class Stream(StreamingResponse):
+        async def __call__(self, scope, receive, send):
+            with streaming("sse"):
+                async with contextlib.aclosing(parts):
+                    await super().__call__(scope, receive, send)
+
+    return Stream(parts, media_type="text/event-stream", headers=STREAM)
 
 
 def _following(api, service: Service) -> None:
@@ -205,7 +210,7 @@ def _following(api, service: Service) -> None:
             await asyncio.to_thread(service.jobs.get, name, who.owner)
         if not await progress.unfinished(service.jobs, ids, numbers):
             return Response(status_code=204)
-        return StreamingResponse(counted(progress.sse(service.hub, ids, numbers)), media_type="text/event-stream", headers=STREAM)
+        return event_stream(progress.sse(service.hub, ids, numbers))
 
     @api.get("/jobs/{job_id}/events", summary="What happens to a job", responses={200: {"content": {"text/event-stream": {}}}, 204: {"description": "all was told"}})
     async def events(job_id: str, request: Request, who: Reader, after: Annotated[int, Query(ge=0, le=2**53)] = 0, last_event_id: Annotated[str, Header(max_length=40)] = ""):

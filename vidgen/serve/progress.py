@@ -99,6 +99,11 @@ class Reader:
         self.hub._join(self, job, latest[job])
         self.wake.set()
 
+    @property
+    def gone(self) -> list[str]:
+        "Jobs that somebody deleted meanwhile."
+        return [job for job in self.cursor if (w := self.hub._watched.get(job)) is None or w.gone]
+
     def drop(self, job: str) -> None:
         "Read no more of this job."
         self.cursor.pop(job, None)
@@ -110,11 +115,11 @@ class Reader:
             self.drop(job)
 
     async def next(self, seconds: float = 30) -> list[Event]:
-        "The next events, in order within each job; an empty list when there was none for `seconds`."
+        "The next events, in order within each job; an empty list when there was none for `seconds`, or a job is `gone`."
         until = time.monotonic() + seconds
         while True:
             self.wake.clear()
-            if found := [e for job in list(self.cursor) for e in await self._read(job)]:
+            if (found := [e for job in list(self.cursor) for e in await self._read(job)]) or self.gone:
                 return found
             try:
                 await asyncio.wait_for(self.wake.wait(), max(until - time.monotonic(), 0))
@@ -168,6 +173,7 @@ async def sse(hub: Hub, jobs: list[str], after: list[int], *, heartbeat: float =
     try:
         for job, number in zip(jobs, after, strict=True):
             await reader.add(job, number)
+            ended |= set() if await unfinished(hub.jobs, [job], [number]) else {job}
         said = time.monotonic()
         while len(ended) < len(jobs):
             found = await reader.next(min(ping, heartbeat, max(said + heartbeat - time.monotonic(), 0.01)))
@@ -175,6 +181,9 @@ async def sse(hub: Hub, jobs: list[str], after: list[int], *, heartbeat: float =
                 after[jobs.index(event.job)] = event.seq
                 ended |= {event.job} if event.kind in ENDED else set()
                 yield as_sse(envelope(event), ",".join(map(str, after)))
+            for job in reader.gone:
+                reader.drop(job)
+                ended.add(job)
             if time.monotonic() - said >= heartbeat:
                 said = time.monotonic()
                 yield as_sse(beat())
@@ -259,6 +268,8 @@ class Talk:
     async def _tell(self) -> None:
         while True:
             found = await self.reader.next(self.heartbeat)
+            for job in self.reader.gone:
+                self.reader.drop(job)
             for message in map(envelope, found) if found else [beat()]:
                 try:
                     await asyncio.wait_for(self._send(message), self.slow)
