@@ -29,12 +29,20 @@ $(READY): pyproject.toml
 	  echo "installed in $$SECONDS s"
 	@touch $@
 
-.PHONY: demo evaluate test soak lab export lint clean
+.PHONY: demo evaluate serve test soak lab export lint clean
 demo: $(READY) ## make .venv, install, and turn a prompt into a measured clip
 	@HF_HUB_OFFLINE=1 $(BIN)/vidgen sweep experiments/001_first_clip --preset cpu --force
 
 evaluate: $(READY) ## clips of the shipped model, all metrics, and a report
 	@HF_HUB_OFFLINE=1 $(BIN)/vidgen sweep experiments/010_evaluate --preset cpu --force
+
+$(VENV)/.serve: $(READY)
+	@echo "installing the service's parts into $(VENV)"
+	@$(BIN)/python -m pip install --progress-bar off -e '.[serve]' > $(VENV)/serve.log 2>&1 || { tail -n 15 $(VENV)/serve.log; exit 1; }
+	@touch $@
+
+serve: $(VENV)/.serve ## the service on 127.0.0.1:8000: a page to try it, its API at /docs
+	@HF_HUB_OFFLINE=1 $(BIN)/vidgen serve
 
 test: $(READY) ## everything CI checks (make test STEPS="lint pytest" runs some of it)
 	@HF_HUB_OFFLINE=1 $(BIN)/python tests/suite.py $(STEPS)

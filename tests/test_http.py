@@ -198,13 +198,13 @@ def test_generate_video_waits_and_says_where_it_is(http, service):
     said = http.post("/generate-video", json={"prompt": PROMPT})
     job, = service.jobs.list()
     assert said.status_code == 200 and said.json() == {"job_id": job.id, "video_url": f"http://localhost/artifacts/{job.id}.mp4", "frames": 16, "fps": 8, "duration": 2.0, "generated_frames": 17}
-    assert job.spec["num_frames"] == 17 and job.spec["trim"] == 16 and job.spec["fps"] == 8
+    assert job.spec["num_frames"] == 16 and job.spec["trim"] is True and job.spec["fps"] == 8
     assert http.get(said.json()["video_url"]).content == b"frames of a film"
 
 
 def test_generate_video_does_not_wait_when_told_so(http, service):
     said = http.post("/generate-video", json={"prompt": PROMPT, "num_frames": 17}, headers={"Prefer": "respond-async"})
-    assert said.status_code == 202 and said.json()["status"] == "pending" and "trim" not in service.jobs.list()[0].spec
+    assert said.status_code == 202 and said.json()["status"] == "pending" and service.jobs.list()[0].spec["num_frames"] == 17
     assert http.get(said.headers["location"]).json()["job_id"] == said.json()["job_id"]
 
 
@@ -224,7 +224,7 @@ def test_generate_video_as_a_form_with_a_picture(http, service):
     job, = service.jobs.list()
     assert {"video_path", "artifact_url", "temporal_score", "mode", "latency_seconds", "peak_memory_gib"} <= set(said.json())
     assert said.json()["video_path"] == f"/artifacts/{job.id}.mp4" and said.json()["mode"] == "optimized" and said.json()["temporal_score"] == 0.9
-    assert job.model == "shapes-i2v" and job.spec["num_inference_steps"] == 5 and job.spec["image"].startswith("file_")
+    assert job.model == "shapes-i2v+optimized" and job.spec["num_inference_steps"] == 5 and job.spec["image"].startswith("file_")
     assert "passwd" not in str(service.jobs.kept(job.spec["image"]).path)
 
 

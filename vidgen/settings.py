@@ -95,10 +95,6 @@ class Storage:
     runs: str = key("runs", "folder of the recorded runs", unit="folder", pattern=r".+")
     root: str = key("artifacts", "folder of stored files", unit="folder", pattern=r".+")
     cache: str = key("", "folder of things that can be computed again; empty = vidgen in the user's cache folder", unit="folder")
-    uploads_days: float = key(7.0, "uploaded pictures are kept so long", unit="days", low=0.001)
-    processed_days: float = key(3.0, "what stages leave for later ones, and previews, are kept so long", unit="days", low=0.001)
-    videos_days: float = key(30.0, "finished clips of the service are kept so long", unit="days", low=0.001)
-    temp_hours: float = key(1.0, "what died half made is removed after this", unit="hours", low=0.001)
     least_free_gib: float = key(5.0, "with less free disk the service warns and takes no new job", unit="GiB", low=0)
 
 

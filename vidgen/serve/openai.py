@@ -15,6 +15,7 @@ from typing import Annotated, ClassVar, Literal
 
 from .guard import Problem, fetch, redraw
 from .records import Job
+from .storage import TIERS
 from .service import Bound, Generation, Service, Size, Text, _default_model, artifact, body, checked, documented, model, send_file, wait
 
 # %% ../../nbs/70_serve/786_openai.ipynb #8da8ed0e
@@ -57,27 +58,26 @@ def _adapter(lora: str | None) -> dict:
 
 
 def _frames(asked: Create, spec: dict, default: str) -> dict:
-    "`seconds` as a number of frames the model can make; what is too many is cut off."
+    "`seconds` as a number of frames; where the model can't make exactly so many, it makes more and they are cut off."
     entry, rules = model(spec.get("model") or default)
     fps, seconds = asked.fps or entry.fps, float(asked.seconds)
     wanted = max(1, round(seconds * fps))
-    legal = min((n for n in rules.frames if n >= wanted), default=None)
-    if legal is None:
+    if wanted > max(rules.frames):
         raise Problem(422, "bad_seconds", f"{seconds:g} s at {fps:g} fps are {wanted} frames, and {entry.name} makes at most {max(rules.frames)}: {max(rules.frames) / fps:g} s", param="seconds")
-    return {"num_frames": legal} | ({"trim": wanted} if legal != wanted else {})
+    return {"num_frames": wanted, "trim": True}
 
 # %% ../../nbs/70_serve/786_openai.ipynb #7e3e0ef4
 STATUS = {"queued": "queued", "running": "in_progress", "succeeded": "completed", "failed": "failed", "canceled": "failed", "expired": "failed"}
 
 
-def seen(job: Job, kept_days: float = 30.0) -> dict:
+def seen(job: Job) -> dict:
     "A job as the API's video object."
     spec, result = job.spec, job.result or {}
-    video = {"id": job.id, "object": "video", "model": job.model, "status": STATUS[job.state], "progress": int(job.progress), "created_at": int(job.created_at), "prompt": spec.get("prompt"),
+    video = {"id": job.id, "object": "video", "model": job.model.partition("+")[0], "status": STATUS[job.state], "progress": int(job.progress), "created_at": int(job.created_at), "prompt": spec.get("prompt"),
              "completed_at": int(job.finished_at) if job.finished_at and job.state == "succeeded" else None, "expires_at": None, "seconds": _seconds(job), "size": _size(job),
-             "remixed_from_video_id": spec.get("remixed_from"), "error": None}
+             "remixed_from_video_id": job.view.partition("/")[2] or None, "error": None}
     if video["completed_at"]:
-        video["expires_at"] = int(job.finished_at + kept_days * 86400)
+        video["expires_at"] = int(job.finished_at + TIERS["videos"])
     if STATUS[job.state] == "failed":
         video["error"] = job.error or {"code": job.state, "message": f"this job was {job.state}" if job.state == "canceled" else "this job waited longer than it was allowed to"}
     return video | ({"fps": result["fps"]} if "fps" in result else {})
@@ -86,7 +86,7 @@ def seen(job: Job, kept_days: float = 30.0) -> dict:
 def _entry(name: str):
     from vidgen.models.registry import entries
 
-    return entries().get(name)
+    return entries().get(name.partition("+")[0])
 
 
 def _seconds(job: Job) -> str:
@@ -94,7 +94,7 @@ def _seconds(job: Job) -> str:
     result, spec, entry = job.result or {}, job.spec, _entry(job.model)
     if result.get("duration"):
         return f"{result['duration']:g}"
-    frames, fps = spec.get("trim") or spec.get("num_frames") or (entry.num_frames if entry else 0), spec.get("fps") or (entry.fps if entry else 1)
+    frames, fps = spec.get("num_frames") or (entry.num_frames if entry else 0), spec.get("fps") or (entry.fps if entry else 1)
     return f"{frames / fps:g}"
 
 
@@ -105,15 +105,13 @@ def _size(job: Job) -> str:
 # %% ../../nbs/70_serve/786_openai.ipynb #f6ee59c7
 def reference(service: Service, owner: str, value: dict | None, data: bytes | None) -> dict:
     "`{image: id}` for the picture of a request, or nothing. Errors: Problem."
-    from vidgen.serve import storage
-
     if data is None and value is None:
         return {}
     if data is None and isinstance(value.get("file_id"), str):
         return {"image": value["file_id"]}
     if data is None:
         data = _from_url(value.get("image_url"), service.settings.serve.urls)
-    return {"image": storage.keep(service.jobs, redraw(data), "image.png", owner, "image/png", "uploads").id}
+    return {"image": service.jobs.keep(redraw(data), "image.png", owner=owner, mime="image/png").id}
 
 
 def _from_url(url, allowed: str) -> bytes:
@@ -160,11 +158,11 @@ def _creating(api, service: Service) -> None:
 
     from vidgen.serve.api import may
 
-    Submitter, days = may(service, "submit"), service.settings.storage.videos_days
+    Submitter = may(service, "submit")
 
     @api.post("", summary="Create a video", openapi_extra=documented(Create, file="input_reference"))
     async def create(request: Request, who: Submitter) -> dict:
-        return seen(await _create(service, who, request), days)
+        return seen(await _create(service, who, request))
 
     @api.post("/sync", summary="Create a video and wait for its bytes", openapi_extra=documented(Create, file="input_reference"), response_class=FileResponse)
     async def create_and_wait(request: Request, who: Submitter):
@@ -174,7 +172,7 @@ def _creating(api, service: Service) -> None:
     @api.post("/{video_id}/remix", summary="The same clip with another prompt")
     def remix(video_id: str, body: Remix, who: Submitter) -> dict:
         old = service.jobs.get(video_id, who.owner)
-        return seen(service.accept(who, old.spec | {"prompt": body.prompt, "remixed_from": old.id}, view="openai"), days)
+        return seen(service.accept(who, old.spec | {"prompt": body.prompt}, view=f"openai/{old.id}"))
 
 
 @dataclass
@@ -199,12 +197,12 @@ def _reading(api, service: Service) -> None:
 
     from vidgen.serve.api import may
 
-    Reader, Submitter, days = may(service, "read"), may(service, "submit"), service.settings.storage.videos_days
+    Reader, Submitter = may(service, "read"), may(service, "submit")
 
     @api.get("", summary="One's own videos")
     def videos(who: Reader, after: Annotated[str | None, Query(max_length=40)] = None, limit: Annotated[int, Query(ge=1, le=100)] = 20, order: Literal["asc", "desc"] = "desc") -> dict:
         found = service.jobs.list(who.owner, kind="generate", after=after, limit=limit + 1, newest_first=order == "desc")
-        data = [seen(j, days) for j in found[:limit]]
+        data = [seen(j) for j in found[:limit]]
         return {"object": "list", "data": data, "first_id": data[0]["id"] if data else None, "last_id": data[-1]["id"] if data else None, "has_more": len(found) > limit}
 
     @api.get("/{video_id}", summary="One video")
@@ -212,7 +210,7 @@ def _reading(api, service: Service) -> None:
         job = service.jobs.get(video_id, who.owner)
         if not job.ended:
             response.headers["openai-poll-after-ms"] = str(POLL_MS)
-        return seen(job, days)
+        return seen(job)
 
     @api.delete("/{video_id}", summary="Delete a completed or failed video")
     def delete(video_id: str, who: Submitter) -> dict:

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MOST_STEPS', 'MOST_PROMPT', 'MOST_BATCH', 'Text', 'Size', 'FORM_NUMBERS', 'Bound', 'Generation', 'from_form',
-           'checked', 'body', 'documented', 'model', 'check_spec', 'adapters', 'problem', 'used_seconds', 'Service',
-           'database', 'artifact', 'send_file', 'wait', 'preference']
+           'checked', 'body', 'documented', 'model', 'check_spec', 'made_frames', 'adapters', 'problem', 'needs',
+           'used_seconds', 'Service', 'database', 'artifact', 'send_file', 'wait', 'preference']
 
 # %% ../../nbs/70_serve/780_service.ipynb #ccf478e4
 import asyncio
@@ -128,7 +128,7 @@ def documented(kind: type, *, file: str = "") -> dict:
 # %% ../../nbs/70_serve/780_service.ipynb #b6a55f9f
 @lru_cache(maxsize=64)
 def _model(name: str, minute: int):
-    "(entry, rules) of a model by name, looked at again each minute. Errors: Problem 422 for a name that is none, 503 for one that isn't ready here."
+    "(entry, rules, MiB of weights) of a model by name, looked at again each minute. Errors: Problem 422 for a name that is none, 503 for one that isn't ready here."
     from vidgen.models import registry
     from vidgen.models.family import family, read_configs
 
@@ -140,12 +140,13 @@ def _model(name: str, minute: int):
         registry.check(entry, folder)
     except (WeightsMissing, CorruptWeights):
         raise Problem(503, "model_missing", f"{name} is not on this machine (or broken); `vidgen models` says what fetches it", param="model") from None
-    return entry, family(entry.family).rules(read_configs(folder))
+    weights = sum(f.stat().st_size for f in folder.rglob("*.safetensors"))
+    return entry, family(entry.family).rules(read_configs(folder)), weights // 2**20
 
 
 def model(name: str):
     "(entry, rules) of a model by name. Errors: Problem 422 for a name that is none, 503 for one that isn't ready here."
-    return _model(name, int(time.time() // 60))
+    return _model(name, int(time.time() // 60))[:2]
 
 
 def check_spec(
@@ -163,6 +164,8 @@ def check_spec(
     if ("image" in spec) != (entry.task == "i2v"):
         raise Problem(422, "wrong_task", f"{name} makes clips from {'a picture and a prompt' if entry.task == 'i2v' else 'a prompt alone'}", param="image")
     size = {k: spec.get(k, getattr(entry, k)) for k in ("num_frames", "height", "width")}
+    if spec.get("trim"):
+        size["num_frames"] = made_frames(rules, size["num_frames"])
     try:
         rules.check(**size)
     except ValueError as err:
@@ -172,6 +175,11 @@ def check_spec(
     _check_adapter(spec.get("adapter"), root)
     _check_cache(spec.get("cache"))
     return spec | {"model": name}
+
+
+def made_frames(rules, asked: int) -> int:
+    "How many frames are made where exactly `asked` shall be left: the next number the model can do."
+    return next((n for n in rules.frames if n >= asked), asked)
 
 
 def _default_model(default: str, image: bool) -> str:
@@ -228,6 +236,18 @@ def problem(err: Exception) -> Problem:
         return Problem(422, "bad_request", text)
     return Problem(500, "internal", "this was not foreseen; the log of the service has it under the request's id")
 
+# %% ../../nbs/70_serve/780_service.ipynb #c66af8a4
+def needs(jobs, spec: dict) -> dict:
+    "{model, memory_mib} of a checked spec, for `Jobs.submit`."
+    entry, rules, weights = _model(spec["model"], int(time.time() // 60))
+    frames, height, width = (spec.get(k) or getattr(entry, k) for k in ("num_frames", "height", "width"))
+    size = f"{made_frames(rules, frames) if spec.get('trim') else frames}x{height}x{width}"
+    name = spec["model"] + ("+optimized" if spec.get("mode") == "optimized" else "")
+    with jobs.reading() as ledger:
+        t = ledger.t.need
+        row = ledger.run(t.select().where(t.c.model == name, t.c.size == size)).first()
+    return {"model": name, "memory_mib": round(1.1 * row.peak_mib) if row else round(1.5 * weights)}
+
 # %% ../../nbs/70_serve/780_service.ipynb #a4452d00
 def used_seconds(jobs, owner: str, window: float = 86400) -> float:
     "Seconds of computing that the owner's jobs took which ended within the window."
@@ -276,11 +296,12 @@ class Service:
         if kind == "generate":
             spec = check_spec(spec, self.settings.model.name, serve.megapixels, self.jobs.root)
             self._check_upload(who, spec.get("image"))
+            how |= needs(self.jobs, spec)
         self._check_quota(who)
         if serve.queued < sum(self.jobs.counts()["queued"].values()) + count:
             raise Problem(503, "service_busy", f"{serve.queued} jobs are waiting, and no more are taken now", after=30)
         try:
-            return self.jobs.submit(kind, spec, owner=who.owner, model=spec.get("model", ""), most_queued=serve.queued_per_key, **how)
+            return self.jobs.submit(kind, spec, owner=who.owner, most_queued=serve.queued_per_key, **how)
         except Exception as err:
             raise problem(err) from err
 
