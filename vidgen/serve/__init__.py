@@ -12,4 +12,6 @@ __getattr__, __dir__, __all__ = front("vidgen.serve", {
     "records": ("ENDED", "STATES", "Artifact", "Conflict", "Event", "Job", "Lost", "NotFound", "QueueFull", "Unavailable"),
     "jobs": ("Jobs",),
     "claims": ("Claim",),
+    "worker": ("Worker",),
+    "supervisor": ("Slot", "Supervisor"),
 })

@@ -31,9 +31,10 @@ def room(ledger: Ledger, worker: str, slot: str, free_mib: int | None) -> Room:
         return Room(free_mib, free_mib)
     names = list(ledger.run(sa.select(t.device.c.name).where(sa.or_(t.device.c.seen > ledger.now - ALIVE, t.device.c.name == slot)).order_by(t.device.c.name)).scalars())
     held = dict(ledger.run(sa.select(t.worker.c.id, t.worker.c.resident_mib).where(t.worker.c.device == slot, t.worker.c.heartbeat > ledger.now - ALIVE)).all())
+    held[worker] = 0  # its own warm models make room when they must
     for name, mib in ledger.run(sa.select(t.reservation.c.worker, sa.func.sum(t.reservation.c.mib)).where(t.reservation.c.device == slot).group_by(t.reservation.c.worker)):
         held[name] = max(mib, held.get(name, 0))
-    used = sum(mib for name, mib in held.items() if name != worker)
+    used = sum(held.values())
     free = device.total_mib - used
     if free_mib is None:
         return Room(device.total_mib, free, len(names), names.index(slot))

@@ -6,13 +6,13 @@
 __all__ = ['WAITING', 'commit', 'Claim']
 
 # %% ../../nbs/70_serve/723_claims.ipynb #7d17d613
-from functools import cached_property
+import time
 from pathlib import Path
 
 from ..errors import Canceled
 from . import storage
 from .ledger import TRIES, Ledger, delay, end
-from .records import Job, Lost, record
+from .records import Job, Lost, Unavailable, record
 
 # %% ../../nbs/70_serve/723_claims.ipynb #a9f7a175
 WAITING = dict(state="queued", worker=None, lease_until=None, device=None, booked=None)  # how a row looks when nobody holds the job
@@ -20,16 +20,29 @@ WAITING = dict(state="queued", worker=None, lease_until=None, device=None, booke
 
 class _Held:
     "A job under a fence: what its holder may always do."
+    patience = 0.0  # seconds to wait for a database that is gone, where the work would be lost otherwise
 
     def __init__(self, jobs, ledger: Ledger, row):
         self.jobs, self.job, self.fence, self.ending = jobs, record(Job, row), row.fence, row.ending
         stage = ledger.t.stage
         self.done = {r.name: r.output for r in ledger.run(stage.select().where(stage.c.job == row.id).order_by(stage.c.n))}  # finished stages and what they noted
 
-    @cached_property
+    @property
     def staging(self) -> Path:
         "The folder to write files to; it is this claim's alone, and goes when the claim does."
         return storage.staging(self.jobs.root, self.job.id, self.fence)
+
+    def _write(self, act):
+        "What `act(ledger)` returns, in one transaction; tried again for `patience` seconds while the database can't."
+        until = time.monotonic() + self.patience
+        while True:
+            try:
+                with self.jobs.writing() as ledger:
+                    return act(ledger)
+            except Unavailable:
+                if time.monotonic() > until:
+                    raise
+                time.sleep(0.5)
 
     def _lost(self) -> Lost:
         return Lost(f"{self.job.id} is not held under fence {self.fence} any more")
@@ -76,14 +89,16 @@ class _Staged(_Held):
     def stage(self, name: str, files=(), output=None, undo: bool = False) -> None:
         "A stage is finished: its files are kept, its output is there for whoever takes the job up next. `undo`: something is to be undone if the job fails later."
         rows = [storage.place(self.jobs, self, Path(f), "processed", name) for f in files]
-        with self.jobs.writing() as ledger:
-            self._tell(ledger, "stage", {"stage": name, "done": True}, stage=name)
-            for row in rows:
-                storage.add(ledger, row, published=False)
-            stage = ledger.t.stage
-            ledger.run(stage.delete().where(stage.c.job == self.job.id, stage.c.name == name))
-            ledger.run(stage.insert().values(job=self.job.id, name=name, n=len(self.done), fence=self.fence, undo=undo, output=output, at=ledger.now))
+        self._write(lambda ledger: self._stage(ledger, name, rows, output, undo))
         self.done[name] = output
+
+    def _stage(self, ledger: Ledger, name: str, rows: list[dict], output, undo: bool) -> None:
+        self._tell(ledger, "stage", {"stage": name, "done": True}, stage=name)
+        for row in rows:
+            storage.add(ledger, row, published=False)
+        stage = ledger.t.stage
+        ledger.run(stage.delete().where(stage.c.job == self.job.id, stage.c.name == name))
+        ledger.run(stage.insert().values(job=self.job.id, name=name, n=len(self.done), fence=self.fence, undo=undo, output=output, at=ledger.now))
 
     def file(self, stage: str, name: str) -> Path:
         "A file that a finished stage left. FileNotFoundError when it is gone."
@@ -91,9 +106,11 @@ class _Staged(_Held):
 
     def undone(self, stage: str, note: str = "") -> None:
         "What a stage did is undone."
-        with self.jobs.writing() as ledger:
+        def act(ledger):
             self._tell(ledger, "rolled_back", {"stage": stage} | ({"note": note} if note else {}))
             ledger.run(ledger.t.stage.delete().where(ledger.t.stage.c.job == self.job.id, ledger.t.stage.c.name == stage))
+
+        self._write(act)
         self.done.pop(stage, None)
 
 # %% ../../nbs/70_serve/723_claims.ipynb #d12abeab
@@ -104,6 +121,8 @@ def commit(ledger: Ledger, job_id: str, fence: int, rows: list[dict], result: di
         state="succeeded", progress=100.0, result=result, finished_at=ledger.now, message="", error=None))
     if not told:
         row = ledger.job(job_id)
+        if row and row.fence == fence and row.state == "succeeded":
+            return record(Job, row)  # the commit had come through, and only its answer was lost
         if row and row.fence == fence and row.state == "running":
             raise Canceled("canceled while the files were written")
         raise Lost(f"{job_id} is not held under fence {fence} any more")
@@ -119,32 +138,31 @@ class Claim(_Staged):
     def publish(self, files, result: dict) -> Job:
         "Succeed: the files and the result are there for all, at once. Errors: Canceled if that was asked before."
         rows = storage.place_all(self.jobs, self, [Path(f) for f in files], result)
-        with self.jobs.writing() as ledger:
-            job = commit(ledger, self.job.id, self.fence, rows, result)
+        job = self._write(lambda ledger: commit(ledger, self.job.id, self.fence, rows, result))
         storage.clear(self.jobs.root, self.job.id, self.fence)
         return job
 
     def fail(self, error: dict, retry: bool = False, after: float | None = None) -> Job:
         "This try failed with `error` {code, message}: again after a while if `retry` and tries are left, else for good."
-        with self.jobs.writing() as ledger:
-            row, held = ledger.job(self.job.id, lock=True), ledger.held(self.job.id, self.fence)
-            if not (retry and row and row.attempt < TRIES and not row.cancel_requested and self.ending is None):
-                return self._end(ledger, row, "failed", error)
-            wait = delay(row.attempt, after)
-            if not ledger.tell(row.id, "retry", {"error": error, "attempt": row.attempt, "after": round(wait, 3)}, *held, **WAITING | dict(not_before=ledger.now + wait)):
-                raise self._lost()
-            ledger.free(row.id)
-            return record(Job, ledger.job(row.id))
+        return self._write(lambda ledger: self._fail(ledger, error, retry, after))
+
+    def _fail(self, ledger: Ledger, error: dict, retry: bool, after: float | None) -> Job:
+        row, held = ledger.job(self.job.id, lock=True), ledger.held(self.job.id, self.fence)
+        if not (retry and row and row.attempt < TRIES and not row.cancel_requested and self.ending is None):
+            return self._end(ledger, row, "failed", error)
+        wait = delay(row.attempt, after)
+        if not ledger.tell(row.id, "retry", {"error": error, "attempt": row.attempt, "after": round(wait, 3)}, *held, **WAITING | dict(not_before=ledger.now + wait)):
+            raise self._lost()
+        ledger.free(row.id)
+        return record(Job, ledger.job(row.id))
 
     def canceled(self) -> Job:
         "It has stopped, as was asked."
-        with self.jobs.writing() as ledger:
-            return self._end(ledger, ledger.job(self.job.id, lock=True), "canceled", None)
+        return self._write(lambda ledger: self._end(ledger, ledger.job(self.job.id, lock=True), "canceled", None))
 
     def rolled_back(self) -> Job:
         "All is undone: the job reaches the end that was meant for it."
-        with self.jobs.writing() as ledger:
-            return self._end(ledger, ledger.job(self.job.id, lock=True), self.ending["state"], self.ending["error"])
+        return self._write(lambda ledger: self._end(ledger, ledger.job(self.job.id, lock=True), self.ending["state"], self.ending["error"]))
 
     def _end(self, ledger: Ledger, row, state: str, error: dict | None) -> Job:
         if row is None or not end(ledger, row, state, error, *ledger.held(self.job.id, self.fence)):
@@ -153,9 +171,11 @@ class Claim(_Staged):
 
     def release(self, message: str) -> None:
         "Hand the job back unfinished; it costs no try."
-        with self.jobs.writing() as ledger:
+        def act(ledger):
             self._tell(ledger, "queued", {"message": message}, **WAITING | dict(attempt=max(0, self.job.attempt - 1), not_before=ledger.now))
             ledger.free(self.job.id)
+
+        self._write(act)
 
     def __repr__(self) -> str:
         return f"Claim({self.job.id}, {self.job.kind}, fence {self.fence})"

@@ -1,0 +1,53 @@
+"""Kinds of jobs that tests ask workers for."""
+import os
+import signal
+import time
+
+from vidgen.serve.kinds import Kind, Stage, register
+
+
+def stage(n):
+    def run(work):
+        work.cancel.check()
+        time.sleep(work.spec.get("seconds", 0.01))
+        path = work.folder / f"{n}.bin"
+        before = [work.claim.file(f"s{i}", f"{i}.bin").read_bytes() for i in range(n)]
+        path.write_bytes(b"|".join(before) + f"<{work.spec['n']}.{n}>".encode())
+        work.files[:] = [path]
+        work.report("done", 1, 1)
+        return {"n": n}
+    return run
+
+
+def undo(work, output):
+    with open(work.spec["undone"], "a") as file:
+        file.write(f"{output['n']}\n")
+
+
+register(Kind("three", tuple(Stage(f"s{n}", stage(n), 30 * n, 30 * n + 30, keep=lambda work: list(work.files)) for n in range(3))))
+register(Kind("undoes", (*(Stage(f"s{n}", stage(n), 30 * n, 30 * n + 30, undo=undo, keep=lambda work: list(work.files)) for n in range(2)), Stage("bad", lambda work: 1 / 0, 90, 100))))
+register(Kind("poison", (Stage("die", lambda work: os.kill(os.getpid(), signal.SIGKILL)),)))
+
+
+def deaf(work):
+    work.report("does not listen")
+    time.sleep(600)
+
+
+def flaky(work):
+    if work.claim.job.attempt < 3:
+        raise ConnectionResetError("the other side hung up")
+    return {"attempt": work.claim.job.attempt}
+
+
+register(Kind("deaf", (Stage("deaf", deaf),)))
+register(Kind("flaky", (Stage("call", flaky),)))
+
+
+def patient(work):
+    for step in range(600):
+        time.sleep(0.05)
+        work.report("waiting", step + 1, 600)
+
+
+register(Kind("patient", (Stage("wait", patient),)))

@@ -1,0 +1,604 @@
+"""The table of jobs under faults: crashes at every commit, races, poison, memory, full disks. What has `database` holds on SQLite and PostgreSQL."""
+import errno
+import os
+import random
+import threading
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from vidgen.errors import Canceled
+from vidgen.serve import storage
+from vidgen.serve.jobs import Jobs
+from vidgen.serve.records import ENDED, Conflict, Lost, NotFound, QueueFull, Unavailable
+from vidgen.serve.tables import engine, refuse_network
+
+
+@pytest.fixture
+def clock():
+    return [1000.0]
+
+
+@pytest.fixture
+def jobs(database, tmp_path, clock):
+    made = Jobs.open(database, tmp_path / "files", least_free_gib=0, clock=lambda: clock[0])
+    yield made
+    made.close()
+
+
+def write(claim, name="clip.mp4", data=b"frames"):
+    (claim.staging / name).write_bytes(data)
+    return claim.staging / name
+
+
+def whole(jobs):
+    "What must hold whenever the dust has settled; returns how many jobs are in each state."
+    with jobs.reading() as ledger:
+        rows = ledger.run(ledger.t.job.select()).all()
+        reserved = {r.job for r in ledger.run(ledger.t.reservation.select())}
+    for row in rows:
+        told = jobs.events(row.id)
+        swept = told[0].seq - 1 if row.state in ENDED else 0  # an hour after the end only the last event is kept
+        assert [e.seq for e in told] == list(range(1 + swept, row.seq + 1)), f"{row.id}: events have a gap"
+        assert sum(e.kind in ENDED for e in told) == (row.state in ENDED), f"{row.id}: {[e.kind for e in told]}"
+        files = [a for a in jobs.artifacts(row.id) if a.stage == "publish"]
+        assert not files or row.state == "succeeded"
+        assert all(storage.sha256(a.path) == a.sha256 for a in files if not a.gone)
+    assert reserved == {r.id for r in rows if r.state == "running"}
+    return Counter(r.state for r in rows)
+
+
+# what clients see
+
+def test_a_key_is_one_job_however_many_ask_at_once(jobs):
+    with ThreadPoolExecutor(8) as pool:
+        made = list(pool.map(lambda _: jobs.submit("noop", {"a": 1, "b": 2}, owner="ada", key="k"), range(16)))
+    assert len({j.id for j in made}) == 1 and sum(not j.repeated for j in made) == 1
+    assert jobs.submit("noop", {"b": 2, "a": 1}, owner="ada", key="k").repeated
+    assert jobs.submit("noop", {}, owner="bob", key="k").id != made[0].id
+    with pytest.raises(Conflict, match="another request"):
+        jobs.submit("noop", {"a": 2}, owner="ada", key="k")
+
+
+@pytest.mark.parametrize("how", [dict(priority=101), dict(expires_in=0), dict(expires_in=float("nan")), dict(expires_in=1e9), dict(key=""), dict(memory_mib=-1)])
+def test_what_no_job_can_be_is_refused_before_it_is_written(jobs, how):
+    with pytest.raises(ValueError):
+        jobs.submit("noop", {}, **how)
+    assert jobs.list() == []
+
+
+def test_a_foreign_job_is_not_there(jobs):
+    job = jobs.submit("noop", {}, owner="ada")
+    for ask in (jobs.get, jobs.cancel, jobs.retry, jobs.delete):
+        with pytest.raises(NotFound):
+            ask(job.id, "eve")
+    assert jobs.list("eve") == [] and jobs.get(job.id).state == "queued"
+
+
+def test_so_many_may_wait_and_no_more(jobs):
+    for _ in range(2):
+        jobs.submit("noop", {}, owner="ada", most_queued=2)
+    with pytest.raises(QueueFull):
+        jobs.submit("noop", {}, owner="ada", most_queued=2)
+    jobs.submit("noop", {}, owner="bob", most_queued=2)
+
+
+def test_pages_of_jobs_have_no_gap_and_no_repeat(jobs):
+    made = [jobs.submit("noop", {"n": n}, batch="b" if n % 2 else None).id for n in range(7)]
+    seen, after = [], None
+    while page := jobs.list(after=after, limit=3):
+        seen += [j.id for j in page]
+        after = page[-1].id
+    assert seen == made[::-1] and [j.id for j in jobs.list(batch="b", newest_first=False)] == made[1::2]
+    with pytest.raises(ValueError, match="nearest: queued"):
+        jobs.list(state="queud")
+
+
+def test_a_repeated_job_is_a_new_one_and_the_old_keeps_its_end(jobs):
+    job = jobs.submit("noop", {"x": 1}, owner="ada", priority=3)
+    with pytest.raises(Conflict):
+        jobs.retry(job.id)
+    jobs.cancel(job.id)
+    again = jobs.retry(job.id, "ada")
+    assert (again.spec, again.priority, again.state) == ({"x": 1}, 3, "queued") and again.id != job.id
+    assert jobs.get(job.id).state == "canceled" and jobs.events(again.id)[0].body["retry_of"] == job.id
+
+
+# R2, R10: zombies and poison
+
+def one_zombie(jobs, clock, n):
+    job = jobs.submit("noop", {"n": n})
+    zombie = jobs.claim("asleep")
+    clock[0] += 61
+    assert jobs.reap() == 1
+    clock[0] += 5
+    awake = jobs.claim("awake")
+    acts = [lambda: zombie.publish([write(zombie, data=b"late")], {}), zombie.renew, zombie.cancel_requested, zombie.canceled, lambda: zombie.fail({"code": "x", "message": ""}),
+            lambda: zombie.event("progress", {}), lambda: zombie.stage("s"), lambda: zombie.preview(write(zombie, "p.png")), lambda: zombie.release("x")]
+    for act in acts[: 9 if n == 0 else 1]:
+        with pytest.raises(Lost):
+            act()
+    awake.publish([write(awake, data=b"in time")], {"n": n})
+    with pytest.raises(Lost):
+        zombie.publish([write(zombie, data=b"later")], {})
+    assert [a.path.read_bytes() for a in jobs.artifacts(job.id)] == [b"in time"]
+
+
+def test_a_zombie_publishes_nothing(jobs, clock):
+    for n in range(20):
+        one_zombie(jobs, clock, n)
+    assert whole(jobs) == {"succeeded": 20}
+
+
+def test_a_poisonous_job_ends_and_others_go_on(jobs, clock):
+    poison = jobs.submit("noop", {}, priority=9)
+    good = jobs.submit("noop", {})
+    for _ in range(3):
+        assert jobs.claim("victim").job.id == poison.id
+        clock[0] += 61
+        jobs.reap()
+        clock[0] += 10
+    jobs.claim("w").publish([], {})
+    assert jobs.get(poison.id).error["code"] == "poison" and jobs.get(good.id).state == "succeeded"
+    assert whole(jobs) == {"failed": 1, "succeeded": 1}
+
+
+def test_stages_are_undone_last_one_first_and_only_then_the_job_has_failed(jobs, clock):
+    job = jobs.submit("noop", {})
+    claim = jobs.claim("w")
+    for name, undo in (("upload", True), ("think", False), ("remote", True)):
+        claim.stage(name, output={"of": name}, undo=undo)
+    assert claim.fail({"code": "bad", "message": "no"}).state == "queued"
+    second = jobs.claim("w")
+    assert second.ending["state"] == "failed" and list(second.done) == ["upload", "think", "remote"]
+    second.undone("remote")
+    clock[0] += 61
+    jobs.reap()  # the worker dies while it undoes
+    clock[0] += 5
+    third = jobs.claim("w")
+    assert list(third.done) == ["upload", "think"]
+    third.undone("upload")
+    assert third.rolled_back().state == "failed"
+    assert [e.body["stage"] for e in jobs.events(job.id) if e.kind == "rolled_back"] == ["remote", "upload"] and jobs.get(job.id).error["code"] == "bad"
+    assert whole(jobs) == {"failed": 1}
+
+
+def test_three_tries_with_growing_pauses_and_no_more(jobs, clock):
+    job = jobs.submit("noop", {})
+    for n in range(3):
+        claim = jobs.claim("w")
+        assert claim.job.attempt == n + 1
+        claim.fail({"code": "network", "message": "hung up"}, retry=True, after=100.0 if n == 1 else None)
+        clock[0] += 101
+    assert jobs.get(job.id).state == "failed" and jobs.claim("w") is None
+    waits = [e.body["after"] for e in jobs.events(job.id) if e.kind == "retry"]
+    assert waits[0] <= 2 and waits[1] == 100.0
+
+
+# R11: memory
+
+def test_memory_is_never_promised_twice_and_the_largest_gets_its_turn(jobs, clock):
+    totals, rng, running, waited = {"a/0": 24, "a/1": 48}, random.Random(7), [], {}
+    with jobs.writing() as ledger:
+        for name, mib in totals.items():
+            ledger.run(ledger.t.device.insert().values(name=name, total_mib=mib, seen=ledger.now))
+    for step in range(150):
+        clock[0] += 5
+        with jobs.writing() as ledger:
+            ledger.run(ledger.t.device.update().values(seen=ledger.now))
+        if len(jobs.list(state="queued")) < 6:
+            job = jobs.submit("noop", {}, memory_mib=rng.choice([8, 8, 8, 16, 24, 40]))
+            waited[job.id] = clock[0]
+        if claim := jobs.claim(f"w{step % 9}", slot=rng.choice(list(totals))):
+            running.append((claim, clock[0] + rng.choice([10, 30, 50])))
+            waited[claim.job.id] = clock[0] - waited[claim.job.id]
+        for claim, until in [r for r in running if r[1] < clock[0]]:
+            running.remove((claim, until))
+            claim.publish([], {})
+        with jobs.reading() as ledger:
+            held = ledger.run(ledger.t.reservation.select()).all()
+        assert all(sum(r.mib for r in held if r.device == name) <= mib for name, mib in totals.items())
+    done = [j for j in jobs.list(limit=1000) if j.state == "succeeded"]
+    assert len([j for j in done if j.memory_mib == 40]) > 1 and max(waited[j.id] for j in done) < 300
+
+
+def test_what_no_device_can_hold_fails_instead_of_waiting_for_ever(jobs, clock):
+    with jobs.writing() as ledger:
+        ledger.run(ledger.t.device.insert().values(name="d", total_mib=10, seen=ledger.now + 700))
+    job = jobs.submit("noop", {}, memory_mib=11)
+    jobs.expire()
+    assert jobs.get(job.id).state == "queued"
+    clock[0] += 601
+    jobs.expire()
+    assert jobs.get(job.id).error["code"] == "does_not_fit" and "10" in jobs.get(job.id).error["message"]
+
+
+def test_owners_take_turns(jobs, clock):
+    for owner in "aaaaaabbb":
+        jobs.submit("noop", {}, owner=owner)
+    order = []
+    while claim := jobs.claim("w"):
+        clock[0] += 1
+        order.append(claim.job.owner)
+        claim.publish([], {})
+    assert "".join(order) == "ababab" + "aaa"
+
+
+def test_prompt_i_goes_to_device_i_modulo_n(jobs):
+    with jobs.writing() as ledger:
+        for name in ("d0", "d1"):
+            ledger.run(ledger.t.device.insert().values(name=name, total_mib=10, seen=ledger.now))
+    made = {jobs.submit("noop", {}, place=i).id: i for i in range(4)}
+    for n in (1, 1, 0, 0):
+        assert made[jobs.claim("w", slot=f"d{n}").job.id] % 2 == n
+    assert jobs.claim("w", slot="d0") is None
+
+
+# R15, R16: races
+
+def test_a_thousand_late_jobs_expire_once(jobs, clock):
+    with jobs.writing() as ledger:
+        from vidgen.serve.requests import submit
+
+        for _ in range(1000):
+            submit(ledger, "noop", {}, expires_in=1)
+    clock[0] += 2
+    with ThreadPoolExecutor(3) as pool:
+        found = list(pool.map(lambda _: jobs.expire(), range(3)))
+    assert sum(found) == 1000 and jobs.counts()["states"]["expired"] == 1000 and jobs.claim("w") is None
+    with jobs.reading() as ledger:
+        assert Counter(e.kind for e in ledger.run(ledger.t.event.select())) == {"queued": 1000, "expired": 1000}
+
+
+def racing(*acts):
+    "Run all at the same moment; returns what each gave or raised."
+    line, found = threading.Barrier(len(acts)), [None] * len(acts)
+
+    def run(i):
+        line.wait()
+        try:
+            found[i] = acts[i]()
+        except Exception as err:
+            found[i] = err
+    threads = [threading.Thread(target=run, args=(i,)) for i in range(len(acts))]
+    [t.start() for t in threads]
+    [t.join() for t in threads]
+    return found
+
+
+def test_expiry_races_with_claim(jobs, clock):
+    for _ in range(25):
+        job = jobs.submit("noop", {}, expires_in=1)
+        clock[0] += 1
+        claim, expired = racing(lambda: jobs.claim("w"), jobs.expire)
+        assert claim is None and expired == 1 and jobs.get(job.id).state == "expired"
+    assert whole(jobs) == {"expired": 25}
+
+
+def one_race(jobs, early):
+    job = jobs.submit("noop", {})
+    if early:
+        canceled, claim = racing(lambda: jobs.cancel(job.id), lambda: jobs.claim("w"))
+        done = Canceled()
+        if claim is None:
+            assert canceled.state == "canceled"
+    else:
+        claim = jobs.claim("w")
+        path = write(claim)
+        canceled, done = racing(lambda: jobs.cancel(job.id), lambda: claim.publish([path], {}))
+    if not isinstance(done, Canceled):
+        assert isinstance(canceled, Conflict)
+    elif claim:
+        assert claim.cancel_requested() and claim.canceled().state == "canceled"
+    now = jobs.get(job.id)
+    assert (now.state == "succeeded") == bool(jobs.artifacts(job.id))
+    return now.state
+
+
+def test_cancel_races_with_everything(jobs):
+    rng = random.Random(3)
+    ends = Counter(one_race(jobs, rng.random() < 0.3) for _ in range(40))
+    assert ends["canceled"] and set(ends) <= {"canceled", "succeeded"} and whole(jobs) == ends
+
+
+def test_after_a_cancel_was_accepted_a_job_never_succeeds(jobs, clock):
+    job = jobs.submit("noop", {})
+    claim = jobs.claim("w")
+    assert jobs.cancel(job.id).cancel_requested and claim.renew() and claim.cancel_requested()
+    with pytest.raises(Canceled):
+        claim.publish([write(claim)], {})
+    clock[0] += 61
+    jobs.reap()  # the worker died with everything ready; the files stay unpublished
+    assert jobs.get(job.id).state == "canceled" and jobs.artifacts(job.id) == []
+
+
+def test_many_workers_take_each_job_once(jobs):
+    made = {jobs.submit("noop", {}).id for _ in range(40)}
+
+    def work(n):
+        found = []
+        while claim := jobs.claim(f"w{n}"):
+            found.append(claim.job.id)
+            claim.publish([], {})
+        return found
+    with ThreadPoolExecutor(4) as pool:
+        found = [i for taken in pool.map(work, range(4)) for i in taken]
+    rest = work(9)  # on PostgreSQL a worker may have found all of them locked
+    assert sorted(found + rest) == sorted(made) and whole(jobs) == {"succeeded": 40}
+
+
+# R4: a process that dies before or after any commit, fsync, rename or delete
+
+def dies_at(jobs, n):
+    "From now on this process counts what reaches the disk, and dies at the n-th point (twice as many as there are acts: before and after each)."
+    import shutil
+
+    seen = [0]
+
+    def counted(act):
+        def counting(*args, **more):
+            seen[0] += 1
+            if seen[0] == n:
+                os._exit(9)
+            found = act(*args, **more)
+            seen[0] += 1
+            if seen[0] == n:
+                os._exit(9)
+            return found
+        return counting
+    for module, name in ((os, "replace"), (os, "fsync"), (os, "link"), (Path, "unlink"), (shutil, "rmtree")):
+        setattr(module, name, counted(getattr(module, name)))
+    jobs.db.dialect.do_commit = counted(jobs.db.dialect.do_commit)
+
+
+def a_life(url, root, now, n):
+    "What a service does with two jobs, until it dies; runs in a child."
+    jobs = Jobs.open(url, root, least_free_gib=0, clock=lambda: now[0])
+    dies_at(jobs, n)
+    done, canceled = jobs.submit("noop", {"n": 1}, owner="a", key="1"), jobs.submit("noop", {"n": 2}, owner="a", key="2")
+    print(done.id, canceled.id, flush=True)
+    claim = jobs.claim("w")
+    claim.event("progress", {"progress": 10})
+    claim.preview(write(claim, "preview.png"))
+    claim.stage("one", [write(claim, "one.bin")], output={"x": 1}, undo=True)
+    claim.publish([write(claim), write(claim, "poster.png")], {"n": 1})
+    claim = jobs.claim("w")
+    claim.stage("one", [write(claim, "one.bin")], undo=True)
+    jobs.cancel(claim.job.id)
+    claim.canceled()
+    claim = jobs.claim("w")
+    claim.undone("one")
+    claim.rolled_back()
+    now[0] += 4 * 86400
+    jobs.sweep()
+    jobs.delete(canceled.id)
+
+
+def in_child(act):
+    "Run in a forked process; returns its exit status."
+    pid = os.fork()
+    if pid == 0:
+        code = 1
+        try:
+            act()
+            code = 0
+        finally:
+            os._exit(code)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def finish_all(jobs, clock):
+    "A new service takes over: everything accepted is brought to its end."
+    for _ in range(20):
+        clock[0] += 100
+        jobs.reap()
+        while claim := jobs.claim("new"):
+            if claim.ending:
+                for name in reversed(list(claim.done)):
+                    claim.undone(name)
+                claim.rolled_back()
+            elif claim.cancel_requested():
+                claim.canceled()
+            else:
+                claim.publish([write(claim)], {"again": True})
+        if not jobs.list(state="queued") and not jobs.list(state="running"):
+            return
+
+
+def fresh(database, space, n):
+    "(address, folder) of nothing: SQLite gets a new file, PostgreSQL's tables are emptied."
+    if database.startswith("sqlite"):
+        return database.replace("vidgen.db", f"{n}.db"), space / str(n)
+    jobs = Jobs.open(database, space)
+    with jobs.writing() as ledger:
+        for table in reversed(ledger.t.meta.sorted_tables):
+            if table.name != "about":
+                ledger.run(table.delete())
+    jobs.close()
+    return database, space / str(n)
+
+
+def one_death(url, root, n, capfd):
+    "Die at the n-th point, then check what a new service makes of it; returns the exit status of the one that died."
+    clock = [1000.0]
+    status = in_child(lambda: a_life(url, root, [1000.0], n))
+    accepted = capfd.readouterr().out.split()
+    jobs = Jobs.open(url, root, least_free_gib=0, clock=lambda: clock[0])
+    finish_all(jobs, clock)
+    assert set(whole(jobs)) <= set(ENDED), n
+    for job_id in accepted[:1]:
+        files = jobs.artifacts(job_id)
+        assert jobs.get(job_id).state == "succeeded" and sum(f.name == "clip.mp4" for f in files) == 1, n
+    again = jobs.submit("noop", {"n": 1}, owner="a", key="1")
+    assert not accepted or again.id == accepted[0], "an accepted job is found by its key"
+    jobs.sweep()
+    assert not list((root / "staging").glob("*")), n
+    jobs.close()
+    return status
+
+
+def test_dying_at_any_point_loses_nothing_and_publishes_nothing_twice(database, space, capfd):
+    n, status = 0, 9
+    while status == 9:
+        n += 1
+        status = one_death(*fresh(database, space, n), n, capfd)
+    assert status == 0 and n > 60, f"{n} points, then exit status {status}"
+
+
+# R6, R7: disks and databases that can't
+
+def test_a_disk_that_is_nearly_full_takes_nothing_new(database, tmp_path):
+    jobs = Jobs.open(database, tmp_path, least_free_gib=2**30)
+    with pytest.raises(Unavailable, match="free some space") as err:
+        jobs.submit("noop", {})
+    assert err.value.code == "storage_full" and jobs.list() == []
+    with pytest.raises(Unavailable):
+        jobs.keep(b"x", "a.png")
+    jobs.close()
+
+
+@pytest.mark.parametrize("error", [errno.ENOSPC, errno.EIO, errno.EROFS])
+def test_a_file_the_disk_does_not_take_is_not_published(jobs, monkeypatch, error):
+    job = jobs.submit("noop", {})
+    claim = jobs.claim("w")
+    path = write(claim)
+    real = os.fsync
+    monkeypatch.setattr(os, "fsync", lambda fd: (_ for _ in ()).throw(OSError(error, os.strerror(error))))
+    with pytest.raises(OSError):
+        claim.publish([path], {})
+    assert jobs.artifacts(job.id) == [] and jobs.get(job.id).state == "running"
+    monkeypatch.setattr(os, "fsync", real)
+    claim.publish([path], {})
+    assert whole(jobs) == {"succeeded": 1}
+
+
+@pytest.fixture
+def sqlite(tmp_path):
+    made = Jobs.open(f"sqlite:///{tmp_path}/db/vidgen.db", tmp_path / "files", least_free_gib=0)
+    yield made
+    made.close()
+
+
+def test_a_full_database_says_so_and_recovers(sqlite):
+    sqlite.submit("noop", {})
+    with sqlite.db.connect() as conn:
+        pages = conn.exec_driver_sql("PRAGMA page_count").scalar()
+    from sqlalchemy import event
+
+    limit = [pages]
+    event.listen(sqlite.db, "checkout", lambda raw, *_: raw.execute(f"PRAGMA max_page_count={limit[0]}"))
+    with pytest.raises(Unavailable) as err:
+        for _ in range(50):
+            sqlite.submit("noop", {"prompt": "x" * 4000})
+    assert err.value.code == "storage_full"
+    limit[0] = 10**6
+    assert sqlite.submit("noop", {}).state == "queued"
+    whole(sqlite)
+
+
+def test_a_read_only_database_says_so_and_recovers(sqlite):
+    from sqlalchemy import event
+
+    readonly = [1]
+    event.listen(sqlite.db, "checkout", lambda raw, *_: raw.execute(f"PRAGMA query_only={readonly[0]}"))
+    with pytest.raises(Unavailable, match="can't be written"):
+        sqlite.submit("noop", {})
+    readonly[0] = 0
+    assert sqlite.submit("noop", {}).state == "queued"
+
+
+def test_a_lock_that_is_held_is_waited_for(sqlite):
+    other = engine(str(sqlite.db.url))
+    with other.begin() as conn:
+        conn.exec_driver_sql("UPDATE about SET value = value")
+        waiting = threading.Thread(target=lambda: sqlite.submit("noop", {}))
+        waiting.start()
+        waiting.join(0.5)
+        assert waiting.is_alive() and sqlite.list() == [], "reading never waits"
+    waiting.join(20)
+    other.dispose()
+    assert len(sqlite.list()) == 1
+
+
+def test_a_network_file_system_is_refused(tmp_path, monkeypatch):
+    import psutil
+
+    there = [type("Part", (), {"mountpoint": str(tmp_path), "fstype": "nfs4"})]
+    monkeypatch.setattr(psutil, "disk_partitions", lambda all: there)
+    with pytest.raises(ValueError, match="network file system"):
+        refuse_network(tmp_path / "a" / "vidgen.db")
+
+
+def test_a_damaged_database_is_refused(tmp_path):
+    url = f"sqlite:///{tmp_path}/vidgen.db"
+    jobs = Jobs.open(url, tmp_path)
+    for n in range(50):
+        with jobs.writing() as ledger:
+            ledger.run(ledger.t.turn.insert().values(owner="x" * 3000 + str(n), served_at=0.0))
+    jobs.close()
+    data = bytearray((tmp_path / "vidgen.db").read_bytes())
+    data[-8000:-4000] = b"\x5a" * 4000
+    (tmp_path / "vidgen.db").write_bytes(data)
+    with pytest.raises((ValueError, Exception), match="damaged|malformed"):
+        Jobs.open(url, tmp_path, check=True)
+
+
+# R19: files
+
+def one_sweep(url, root, n):
+    "Die at the n-th point of a sweep; files and rows agree then, and all is gone after the next one."
+    def sweep():
+        jobs = Jobs.open(url, root, least_free_gib=0, clock=lambda: 1e9)
+        dies_at(jobs, n)
+        jobs.sweep()
+
+    jobs = Jobs.open(url, root, least_free_gib=0, clock=lambda: 1000.0)
+    job = jobs.submit("noop", {})
+    claim = jobs.claim("w")
+    claim.publish([write(claim), write(claim, "b.png")], {})
+    sent = jobs.keep(b"picture", "a.png")
+    (root / "staging" / f"{job.id}.7").mkdir()
+    jobs.close()
+    status = in_child(sweep)
+    jobs = Jobs.open(url, root, least_free_gib=0, clock=lambda: 1e9)
+    for file in jobs.artifacts(job.id):
+        assert file.expires_at and (file.gone or file.path.exists()), "a row promises a file that is gone"
+    for path in jobs.orphans():
+        os.utime(path, (0, 0))
+    jobs.sweep()
+    assert jobs.orphans() == [] and all(f.gone and not f.path.exists() for f in (*jobs.artifacts(job.id), jobs.kept(sent.id)))
+    jobs.close()
+    return status
+
+
+def test_the_sweeper_may_die_anywhere(database, space):
+    n, status = 0, 9
+    while status == 9:
+        n += 1
+        status = one_sweep(*fresh(database, space, n), n)
+    assert status == 0 and n > 5
+
+
+def test_a_file_whose_job_still_runs_is_no_orphan_and_a_foreign_one_is_kept(jobs):
+    job = jobs.submit("noop", {})
+    claim = jobs.claim("w")
+    rows = storage.place_all(jobs, claim, [write(claim)], {})
+    (jobs.root / "videos" / "holiday.mp4").write_bytes(b"mine")
+    assert [p.name for p in jobs.orphans()] == ["holiday.mp4"]
+    claim.fail({"code": "x", "message": "y"})
+    assert {p.name for p in jobs.orphans()} == {"holiday.mp4", Path(rows[0]["path"]).name}
+    for path in jobs.orphans():
+        os.utime(path, (0, 0))
+    jobs.sweep()
+    assert [p.name for p in jobs.orphans()] == ["holiday.mp4"] and jobs.get(job.id).state == "failed"
+
+
+def test_a_row_whose_file_somebody_took_away_says_so(jobs):
+    job = jobs.submit("noop", {})
+    claim = jobs.claim("w")
+    claim.publish([write(claim)], {})
+    jobs.artifacts(job.id)[0].path.unlink()
+    jobs.sweep()
+    assert jobs.artifacts(job.id)[0].gone

@@ -1,0 +1,263 @@
+"""Workers that are killed, asleep, deaf or drained, and a supervisor that puts things right. What has `database` holds on SQLite and PostgreSQL."""
+import os
+import random
+import signal
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import serve_kinds  # noqa: F401  registers the kinds
+from test_jobs import whole
+
+from vidgen.serve import lapse
+from vidgen.serve.jobs import Jobs
+from vidgen.serve.pool import Pool
+from vidgen.serve.supervisor import Slot, Supervisor, slots
+from vidgen.serve.worker import Settings, Worker
+
+
+def settings(database, root, **how):
+    return Settings(database, str(root), poll=0.02, modules=("serve_kinds",), **how)
+
+
+def born(database, root, name, lease):
+    "A worker in a forked process: no second spent on imports. Returns its process id."
+    if pid := os.fork():
+        return pid
+    try:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        jobs = Jobs.open(database, root, least_free_gib=0, lease=lease)
+        worker = Worker(jobs, settings(database, root, name=name), Pool(None))
+        signal.signal(signal.SIGTERM, worker.drain)
+        worker.run()
+    finally:
+        os._exit(0)
+
+
+def kill_loop(database, root, count, kills, workers, lease, seed=1, most=120):
+    "Kill a random worker again and again until all jobs have ended; returns how many were killed."
+    jobs, rng, alive, n, killed = Jobs.open(database, root, least_free_gib=0, lease=lease), random.Random(seed), {}, 0, 0
+    made = [jobs.submit("three", {"n": i}, owner=f"o{i % 3}", key=str(i)).id for i in range(count)]
+    start = time.monotonic()
+    while time.monotonic() - start < most:
+        while len(alive) < workers:
+            n += 1
+            alive[born(database, root, f"w{n}", lease)] = f"w{n}"
+        time.sleep(rng.uniform(0.05, 0.3))
+        states = jobs.counts()["states"]
+        if states["queued"] + states["running"] == 0 and killed >= kills:
+            break
+        if killed < kills or rng.random() < 0.1:
+            pid = rng.choice(list(alive))
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+            killed += 1
+            name = alive.pop(pid)
+            if rng.random() < 0.5:  # else nobody notices before the lease is over
+                lapse.gone(jobs, name)
+        if states["queued"] + states["running"] == 0:
+            made += [jobs.submit("three", {"n": len(made) + i}).id for i in range(5)]  # more work, until enough have been killed
+        jobs.reap()
+    for pid in alive:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+    check(jobs, made)
+    jobs.close()
+    return killed, len(made)
+
+
+def check(jobs, made):
+    "R1: none lost, none published twice, events without gaps, every file whole and right. A job may be poison: it was killed three times."
+    states = whole(jobs)
+    assert sum(states.values()) == len(made) and set(states) <= {"succeeded", "failed"}
+    for job_id in made:
+        job = jobs.get(job_id)
+        kinds = [e.kind for e in jobs.events(job_id)]
+        if job.state == "failed":
+            assert job.error["code"] == "poison" and job.crash_count == 3
+            continue
+        file, = jobs.artifacts(job_id)
+        i = job.spec["n"]
+        assert file.path.read_text() == f"<{i}.0>|<{i}.0><{i}.1><{i}.2>"
+        assert kinds.count("succeeded") == 1 and [e.body["stage"] for e in jobs.events(job_id) if e.kind == "stage"] == ["s0", "s1"], "a finished stage is not done again"
+
+
+@pytest.mark.timeout(300)
+def test_workers_killed_at_random_lose_nothing(database, space):
+    killed, made = kill_loop(database, space / "files", count=60, kills=12, workers=3, lease=1.0)
+    assert killed >= 12 and made >= 60
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_workers_killed_at_random_lose_nothing_at_length(database, tmp_path):
+    killed, made = kill_loop(database, tmp_path / "files", count=500, kills=50, workers=4, lease=2.0, most=3000)
+    print(f"R1: {made} jobs x 3 stages, {killed} kills")
+    assert killed >= 50
+
+
+@pytest.fixture
+def service(space):
+    "A supervisor with real worker processes, running in a thread."
+    running = []
+
+    def start(count=1, **how):
+        os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys([str(Path(__file__).parent), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]))
+        url, root = f"sqlite:///{space / 'vidgen.db'}", space / "files"
+        jobs = Jobs.open(url, root, least_free_gib=0)
+        supervisor = Supervisor(jobs, settings(url, root), [Slot("cpu", "here/cpu", 8000)] * count, tick=0.02, **how)
+        thread = threading.Thread(target=supervisor.run)
+        thread.start()
+        running.append((supervisor, thread, jobs))
+        return jobs, supervisor
+
+    yield start
+    for supervisor, thread, jobs in running:
+        supervisor.stop.set()
+        thread.join()
+        jobs.close()
+
+
+def until(ready, seconds=60):
+    start = time.monotonic()
+    while not ready():
+        assert time.monotonic() - start < seconds, "it did not happen"
+        time.sleep(0.02)
+
+
+def test_a_supervisor_with_the_worst_of_jobs(service):
+    jobs, supervisor = service(obey=0.5)
+    poison, good = jobs.submit("poison", {}, priority=9), jobs.submit("three", {"n": 1})
+    until(lambda: jobs.get(poison.id).ended and jobs.get(good.id).ended)
+    assert jobs.get(poison.id).error["code"] == "poison" and jobs.get(good.id).state == "succeeded"
+    deaf = jobs.submit("deaf", {})
+    until(lambda: jobs.get(deaf.id).state == "running")
+    assert jobs.cancel(deaf.id).state == "running"
+    until(lambda: jobs.get(deaf.id).ended)
+    assert jobs.get(deaf.id).state == "canceled" and jobs.get(deaf.id).crash_count == 1, "the worker that did not listen was killed"
+    again = jobs.submit("noop", {})
+    until(lambda: jobs.get(again.id).ended)
+    patient = jobs.submit("patient", {})
+    until(lambda: jobs.get(patient.id).state == "running")
+    supervisor.stop.set()
+    until(lambda: jobs.get(patient.id).state == "queued", 90)
+    assert [e.kind for e in jobs.events(patient.id)][-1] == "queued" and jobs.get(patient.id).attempt == 0, "SIGTERM hands the job back"
+    assert set(whole(jobs)) == {"failed", "succeeded", "canceled", "queued"}
+
+
+@pytest.fixture
+def here(database, space):
+    "A worker in this process."
+    jobs = Jobs.open(database, space / "files", least_free_gib=0, lease=60)
+    yield jobs, Worker(jobs, settings(database, space, name="here"), Pool(None))
+    jobs.close()
+
+
+def now_at_once(jobs):
+    "No pause before the next try."
+    with jobs.writing() as ledger:
+        ledger.run(ledger.t.job.update().values(not_before=0.0))
+
+
+def run_all(jobs, worker):
+    while True:
+        now_at_once(jobs)
+        if not worker.once():
+            return
+
+
+def test_an_unknown_kind_fails_with_the_nearest(here):
+    jobs, worker = here
+    job = jobs.submit("tree", {})
+    run_all(jobs, worker)
+    assert jobs.get(job.id).error == {"code": "invalid", "message": jobs.get(job.id).error["message"]} and "three" in jobs.get(job.id).error["message"]
+
+
+def test_what_may_pass_is_tried_three_times(here):
+    jobs, worker = here
+    job = jobs.submit("flaky", {})
+    run_all(jobs, worker)
+    assert jobs.get(job.id).result == {"attempt": 3} and [e.kind for e in jobs.events(job.id)].count("retry") == 2
+
+
+def test_stages_are_undone_in_reverse(here, space):
+    jobs, worker = here
+    job = jobs.submit("undoes", {"n": 5, "undone": str(space / "undone.txt")})
+    run_all(jobs, worker)
+    assert (space / "undone.txt").read_text().split() == ["1", "0"] and jobs.get(job.id).error["code"] == "internal"
+    assert [e.body["stage"] for e in jobs.events(job.id) if e.kind == "rolled_back"] == ["s1", "s0"]
+
+
+def test_a_cancel_is_heard_within_a_step(here):
+    jobs, worker = here
+    job = jobs.submit("patient", {})
+    threading.Timer(0.6, lambda: jobs.cancel(job.id)).start()
+    worker.once()
+    now = jobs.get(job.id)
+    assert now.state == "canceled" and now.finished_at - now.started_at < 20
+
+
+def test_a_full_disk_fails_the_job_and_not_the_worker(here, monkeypatch):
+    import errno
+
+    jobs, worker = here
+    bad, good = jobs.submit("three", {"n": 1}), jobs.submit("three", {"n": 2})
+    real, full = os.fsync, [True]
+    monkeypatch.setattr(os, "fsync", lambda fd: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left on device")) if full[0] else real(fd))
+    worker.once()
+    full[0] = False
+    worker.once()
+    assert jobs.get(bad.id).error["code"] == "storage_full" and jobs.get(good.id).state == "succeeded" and whole(jobs) == {"failed": 1, "succeeded": 1}
+
+
+def test_memory_that_ran_out_is_asked_for_again_once(here):
+    from vidgen.errors import DoesNotFit
+    from vidgen.serve.kinds import KINDS, Kind, Stage, register
+
+    jobs, worker = here
+
+    def greedy(work):
+        raise DoesNotFit("memory ran out twice")
+    register(Kind("greedy", (Stage("make", greedy),)))
+    job = jobs.submit("greedy", {}, memory_mib=100)
+    run_all(jobs, worker)
+    del KINDS["greedy"]
+    assert jobs.get(job.id).error["code"] == "out_of_memory" and jobs.get(job.id).memory_mib == 120 and jobs.get(job.id).attempt == 2
+
+
+def test_slots_are_spread_over_devices():
+    assert len(slots(3)) == 3 and len(slots("auto")) >= 1
+    with pytest.raises(ValueError, match="auto or a whole number"):
+        slots("many")
+
+
+def one_sleeper(jobs, database, space, n):
+    job = jobs.submit("three", {"n": n, "seconds": 0.3})
+    pid = born(database, space / "files", f"sleeper{n}", 0.5)
+    until(lambda: jobs.get(job.id).state == "running")
+    os.kill(pid, signal.SIGSTOP)
+    time.sleep(0.7)
+    assert jobs.reap() == 1
+    now_at_once(jobs)
+    other = Worker(jobs, settings(database, space, name=f"awake{n}"), Pool(None))
+    awake = threading.Thread(target=other.once)
+    awake.start()
+    os.kill(pid, signal.SIGCONT)
+    awake.join()
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    lapse.gone(jobs, f"sleeper{n}")
+    while not jobs.get(job.id).ended:
+        now_at_once(jobs)
+        other.once()
+    assert [e.kind for e in jobs.events(job.id)].count("succeeded") == 1 and len(jobs.artifacts(job.id)) == 1
+
+
+def test_an_asleep_process_publishes_nothing(database, space):
+    "R2 with real processes: SIGSTOP longer than the lease, then SIGCONT."
+    jobs = Jobs.open(database, space / "files", least_free_gib=0, lease=0.5)
+    for n in range(3):
+        one_sleeper(jobs, database, space, n)
+    assert whole(jobs) == {"succeeded": 3}
+    jobs.close()
