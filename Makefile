@@ -29,19 +29,14 @@ $(READY): pyproject.toml
 	  echo "installed in $$SECONDS s"
 	@touch $@
 
-.PHONY: demo evaluate serve test soak lab export lint clean
+.PHONY: demo evaluate serve test services test-services soak lab export lint clean
 demo: $(READY) ## make .venv, install, and turn a prompt into a measured clip
 	@HF_HUB_OFFLINE=1 $(BIN)/vidgen sweep experiments/001_first_clip --preset cpu --force
 
 evaluate: $(READY) ## clips of the shipped model, all metrics, and a report
 	@HF_HUB_OFFLINE=1 $(BIN)/vidgen sweep experiments/010_evaluate --preset cpu --force
 
-$(VENV)/.serve: $(READY)
-	@echo "installing the service's parts into $(VENV)"
-	@$(BIN)/python -m pip install --progress-bar off -e '.[serve]' > $(VENV)/serve.log 2>&1 || { tail -n 15 $(VENV)/serve.log; exit 1; }
-	@touch $@
-
-serve: $(VENV)/.serve ## the service on 127.0.0.1:8000: a page to try it, its API at /docs
+serve: $(READY) ## the service on 127.0.0.1:8000: a page to try it, its API at /docs
 	@HF_HUB_OFFLINE=1 $(BIN)/vidgen serve
 
 test: $(READY) ## everything CI checks (make test STEPS="lint pytest" runs some of it)
@@ -52,7 +47,18 @@ $(VENV)/.track: $(READY)
 	@$(BIN)/python -m pip install --progress-bar off -e '.[track]' > $(VENV)/track.log 2>&1 || { tail -n 15 $(VENV)/track.log; exit 1; }
 	@touch $@
 
-soak: $(VENV)/.track ## the slow tests: the classic flow engine, real trackers
+services: ## install what test-services needs from Debian: PostgreSQL, Redis, Prometheus (promtool), Chromium
+	@if [ "$$(id -u)" = 0 ]; then sudo=; else sudo=sudo; fi; \
+	command -v apt-get >/dev/null || { echo "this needs Debian or Ubuntu; elsewhere install PostgreSQL, Redis, promtool and Chromium by hand"; exit 1; }; \
+	$$sudo apt-get update -q && DEBIAN_FRONTEND=noninteractive $$sudo apt-get install -q -y --no-install-recommends postgresql redis-server prometheus chromium
+
+test-services: $(READY) ## tests against private servers on loopback: PostgreSQL, Redis, a browser
+	@missing=; for program in redis-server promtool chromium; do command -v $$program >/dev/null || missing="$$missing $$program"; done; \
+	ls /usr/lib/postgresql/*/bin/initdb >/dev/null 2>&1 || command -v initdb >/dev/null || missing="$$missing initdb"; \
+	[ -z "$$missing" ] || { echo "missing:$$missing; \`make services\` installs them from Debian's packages"; exit 1; }
+	@HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -m "services and not slow" --durations=5 tests
+
+soak: $(VENV)/.track ## the slow tests: the classic flow engine, real trackers, kill loops, 120,000 random events
 	@HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -m slow tests
 
 lab: $(READY) ## JupyterLab on the notebooks

@@ -32,7 +32,7 @@ class Postgres:
     def __init__(self):
         self.initdb = program("initdb", "postgresql", "usr/lib/postgresql/*/bin/initdb")
         self.ctl = str(Path(self.initdb).with_name("pg_ctl"))
-        self.folder, self.port = Path(tempfile.mkdtemp(prefix="vidgen-pg-")), free_port()
+        self.folder, self.port = Path(tempfile.mkdtemp(prefix="vidgen-pg-", dir="/dev/shm" if os.path.isdir("/dev/shm") else None)), free_port()
         self.user = {"user": "postgres"} if os.getuid() == 0 else {}  # the server refuses to run as root
         if self.user:
             os.chown(self.folder, pwd.getpwnam("postgres").pw_uid, -1)

@@ -371,6 +371,13 @@ def test_only_files_with_a_row_are_served(service, name):
         assert http.get(path).status_code in (400, 404), path
 
 
+@pytest.mark.parametrize("name", ["a%0Ab", "%0D%0AX-Evil:1", "%7F", "%E2%80%AE", "a" * 2000])
+def test_strange_names_are_merely_not_there(service, name):
+    http = client(service)
+    for path in (f"/v1/jobs/{name}", f"/v1/videos/{name}", f"/artifacts/{name}", f"/v1/batches/{name}/zip", f"/{name}"):
+        assert http.get(path).status_code == 404, path
+
+
 def test_a_link_in_place_of_a_file_is_not_followed(service, tmp_path):
     http = client(service)
     job = http.post("/v1/jobs", json=spec()).json()["id"]

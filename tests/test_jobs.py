@@ -439,6 +439,7 @@ def one_death(url, root, n, capfd):
     return status
 
 
+@pytest.mark.timeout(600)
 def test_dying_at_any_point_loses_nothing_and_publishes_nothing_twice(database, space, capfd):
     n, status = 0, 9
     while status == 9:

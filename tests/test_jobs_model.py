@@ -309,6 +309,7 @@ def machine(url, examples, steps=60, phases=(Phase.generate,)):
     run_state_machine_as_test(type("Machine", (Machine,), {"url": url}), settings=quiet)
 
 
+@pytest.mark.timeout(900)
 def test_any_order_of_events_keeps_the_promise(database):
     machine(database, 80)  # 80 × 60 steps in `make test`, 2,000 × 60 in `make soak`
 

@@ -23,12 +23,13 @@ def settings(database, root, **how):
 
 def born(database, root, name, lease):
     "A worker in a forked process: no second spent on imports. Returns its process id."
+    parent = os.getpid()
     if pid := os.fork():
         return pid
     try:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         jobs = Jobs.open(database, root, least_free_gib=0, lease=lease)
-        worker = Worker(jobs, settings(database, root, name=name), Pool(None))
+        worker = Worker(jobs, settings(database, root, name=name, parent=parent), Pool(None))
         signal.signal(signal.SIGTERM, worker.drain)
         worker.run()
     finally:

@@ -32,17 +32,24 @@ class _Held:
         "The folder to write files to; it is this claim's alone, and goes when the claim does."
         return storage.staging(self.jobs.root, self.job.id, self.fence)
 
-    def _write(self, act):
-        "What `act(ledger)` returns, in one transaction; tried again for `patience` seconds while the database can't."
+    def _patiently(self, act):
+        "What `act()` returns; tried again for `patience` seconds while the database can't."
         until = time.monotonic() + self.patience
         while True:
             try:
-                with self.jobs.writing() as ledger:
-                    return act(ledger)
+                return act()
             except Unavailable:
                 if time.monotonic() > until:
                     raise
                 time.sleep(0.5)
+
+    def _write(self, act):
+        "What `act(ledger)` returns, in one transaction."
+        def once():
+            with self.jobs.writing() as ledger:
+                return act(ledger)
+
+        return self._patiently(once)
 
     def _lost(self) -> Lost:
         return Lost(f"{self.job.id} is not held under fence {self.fence} any more")
@@ -102,7 +109,7 @@ class _Staged(_Held):
 
     def file(self, stage: str, name: str) -> Path:
         "A file that a finished stage left. FileNotFoundError when it is gone."
-        return storage.of_stage(self.jobs, self.job.id, stage, name)
+        return self._patiently(lambda: storage.of_stage(self.jobs, self.job.id, stage, name))
 
     def undone(self, stage: str, note: str = "") -> None:
         "What a stage did is undone."

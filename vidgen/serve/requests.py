@@ -54,7 +54,8 @@ def submit(ledger: Ledger, kind: str, spec: dict, *, owner: str = "", key: str |
 def _insert(ledger: Ledger, values: dict) -> bool:
     "Add the row unless owner and key are taken; returns whether it was added."
     dialect = need(f"sqlalchemy.dialects.{ledger.conn.dialect.name}", "serve")
-    return ledger.run(dialect.insert(ledger.t.job).values(values).on_conflict_do_nothing(index_elements=["owner", "idem_key"])).rowcount == 1
+    added = dialect.insert(ledger.t.job).values(values).on_conflict_do_nothing(index_elements=["owner", "idem_key"])
+    return ledger.run(added.returning(ledger.t.job.c.id)).first() is not None
 
 
 def _known(ledger: Ledger, owner: str, key: str, said: str) -> Job | None:

@@ -15,8 +15,7 @@ import socket
 import sys
 import threading
 import time
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 
 from ..errors import Canceled, DoesNotFit
 from ..progress import Cancel
@@ -186,6 +185,8 @@ class Worker:
                 pass
             except Canceled:
                 self.stopped(claim, keeper)
+            except Unavailable:
+                claim.release("the database was away")
             except Exception as err:
                 self.failed(claim, err)
         self.cancel = None
