@@ -301,7 +301,7 @@ def show(job: Annotated[str, typer.Argument(help="A job's id.", show_default=Fal
     with opened(config) as service:
         found = service.jobs.get(job)
         files = [{"name": a.name, "bytes": a.bytes, "mime": a.mime, "path": str(a.path), "gone": a.gone} for a in service.jobs.artifacts(job)]
-        events = [{"seq": e.seq, "at": round(e.at, 3), "kind": e.kind, **e.body} for e in service.jobs.events(job)]
+        events = [{"seq": e.seq, "at": round(e.at, 3), "kind": e.kind, "data": e.body} for e in service.jobs.events(job)]
     print(json.dumps({**vars(found), "files": files, "events": events}, indent=1, ensure_ascii=False))
 
 # %% ../../nbs/70_serve/79_command.ipynb #8aebf67d
