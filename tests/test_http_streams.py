@@ -251,3 +251,43 @@ def test_the_prompt_is_in_no_event(service):
     job = http.post("/v1/jobs", json={"spec": {"prompt": PROMPT}}).json()
     finish(service)
     assert PROMPT not in http.get(job["links"]["events"]).text
+
+
+@pytest.mark.services
+def test_redis_brings_news_at_once_and_its_death_is_survived(tmp_path):
+    import shutil
+    import socket
+    import subprocess
+
+    assert shutil.which("redis-server"), "redis-server is missing: make services"
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    redis = subprocess.Popen(["redis-server", "--port", str(port), "--save", "", "--dir", str(tmp_path)], stdout=subprocess.DEVNULL)
+    time.sleep(1)
+    service = opened(tmp_path, database_redis=f"redis://127.0.0.1:{port}/0")
+    service.hub = Hub(service.jobs, every=20, news=service.bell.news)
+    job = service.jobs.submit("noop", {})
+    claim = take(service)
+
+    async def listen():
+        reader = service.hub.reader()
+        await reader.add(job.id)
+        await reader.next(5)
+        await asyncio.sleep(1)  # until the listener has subscribed
+        start = time.monotonic()
+        await asyncio.to_thread(claim.event, "progress", {"progress": 10})
+        found = await reader.next(15)
+        soon = time.monotonic() - start
+        redis.kill()
+        redis.wait()
+        service.hub.every = 0.1
+        service.hub.ring()
+        await asyncio.to_thread(claim.event, "progress", {"progress": 20})
+        later = await reader.next(15)
+        reader.close()
+        return [e.body for e in found], soon, [e.body for e in later]
+    found, soon, later = asyncio.run(listen())
+    assert found == [{"progress": 10}] and later == [{"progress": 20}] and soon < 10  # and not the 20 s of the next look
+    http = client(service)
+    assert http.post("/v1/jobs", json={"spec": {"prompt": PROMPT}}).status_code == 202
+    service.jobs.close()

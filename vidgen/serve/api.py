@@ -112,7 +112,7 @@ def app(service: Service):
         await asyncio.to_thread(service.jobs.close)
 
     serve = service.settings.serve
-    service.hub = service.hub or Hub(service.jobs)
+    service.hub = service.hub or Hub(service.jobs, news=service.bell.news if service.bell else None)
     api = fastapi.FastAPI(title="vidgen", version=_version(), summary="Clips from prompts, by durable jobs.", docs_url=None, redoc_url=None,
                           openapi_url="/openapi.json" if serve.docs else None, lifespan=living, responses=ERRORS)
     for part in (openai, native, portal, health, page):

@@ -16,7 +16,7 @@ from typing import Annotated, ClassVar, Literal
 from .guard import Problem, fetch, redraw
 from .records import Job
 from .storage import TIERS
-from .service import Bound, Generation, Service, Size, Text, _default_model, artifact, body, checked, documented, model, send_file, wait
+from .service import Bound, Service, Size, Text, _default_model, artifact, body, checked, documented, model, send_file, wait
 
 # %% ../../nbs/70_serve/786_openai.ipynb #8da8ed0e
 @dataclass

@@ -9,11 +9,12 @@ __all__ = ['KEPT', 'HEARTBEAT', 'PING', 'SILENT', 'SLOW', 'MOST_JOBS', 'BAD', 'W
 # %% ../../nbs/70_serve/783_progress.ipynb #de8c223b
 import asyncio
 import json
+import threading
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable
 
-from .guard import Problem, origin_is_ours
+from .guard import Problem
 from .records import ENDED, Event, NotFound
 
 # %% ../../nbs/70_serve/783_progress.ipynb #71fad945
@@ -30,8 +31,9 @@ class _Watched:
 class Hub:
     "Follows the events of jobs for many readers of one process."
 
-    def __init__(self, jobs, *, every: float = 0.2):
+    def __init__(self, jobs, *, every: float = 0.2, news: Callable | None = None):
         self.jobs, self.every, self._watched, self._task, self._wake = jobs, every, {}, None, None
+        self.news, self._listener = news, None  # iterates over (job, seq) as they happen anywhere: Redis, if there is one
 
     @property
     def readers(self) -> int:
@@ -52,6 +54,17 @@ class Hub:
         if self._task is None or self._task.done():
             self._wake = asyncio.Event()
             self._task = asyncio.create_task(self._follow())
+        if self.news and self._listener is None:
+            self._listener = threading.Thread(target=self._hear, args=(asyncio.get_running_loop(),), daemon=True)
+            self._listener.start()
+
+    def _hear(self, loop) -> None:
+        "Look at once when there is news of a watched job."
+        for found in self.news():
+            if loop.is_closed():
+                return
+            if found and found[0] in self._watched:
+                loop.call_soon_threadsafe(self.ring)
 
     def _leave(self, reader: "Reader", job: str) -> None:
         if (watched := self._watched.get(job)) is not None:

@@ -265,6 +265,7 @@ class Service:
     limiter: Limiter
     settings: Settings
     hub: object = None  # vidgen.serve.progress.Hub
+    bell: object = None # vidgen.serve.doorbell.Doorbell, where there is Redis
     started: float = 0.0
 
     @classmethod
@@ -273,7 +274,13 @@ class Service:
         from vidgen.serve.jobs import Jobs
 
         jobs = Jobs.open(database(settings), settings.folder(settings.storage.root), least_free_gib=settings.storage.least_free_gib)
-        return cls(jobs, Keys(jobs.db), Limiter(settings.database.redis), settings, started=time.time())
+        service = cls(jobs, Keys(jobs.db), Limiter(settings.database.redis), settings, started=time.time())
+        if settings.database.redis:
+            from vidgen.serve.doorbell import Doorbell
+
+            service.bell = Doorbell(settings.database.redis)
+            jobs.bell = service.bell.ring
+        return service
 
     def call(self, headers, query, path: str, address: str, scope: str) -> tuple[Caller, dict]:
         "(who asks, headers that tell how often they still may). Errors: Problem 401, 403, 429."
