@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MOST_STEPS', 'MOST_PROMPT', 'MOST_BATCH', 'Text', 'Size', 'FORM_NUMBERS', 'Bound', 'Generation', 'from_form',
            'checked', 'body', 'documented', 'model', 'check_spec', 'made_frames', 'adapters', 'problem', 'needs',
-           'used_seconds', 'Service', 'database', 'artifact', 'send_file', 'wait', 'preference']
+           'used_seconds', 'waiting', 'Service', 'database', 'artifact', 'send_file', 'wait', 'preference']
 
 # %% ../../nbs/70_serve/780_service.ipynb #ccf478e4
 import asyncio
@@ -256,6 +256,14 @@ def used_seconds(jobs, owner: str, window: float = 86400) -> float:
         t = ledger.t.job.c
         return ledger.run(sa.select(sa.func.sum(t.finished_at - t.started_at)).where(t.owner == owner, t.finished_at > now - window, t.started_at.is_not(None))).scalar() or 0.0
 
+
+def waiting(jobs, most: int) -> int:
+    "How many jobs are queued, counted up to `most`: asked with every submission, so it must not grow with the table."
+    sa = need("sqlalchemy", "serve")
+    with jobs.reading() as ledger:
+        queued = sa.select(sa.literal(1)).select_from(ledger.t.job).where(ledger.t.job.c.state == "queued").limit(most).subquery()
+        return ledger.run(sa.select(sa.func.count()).select_from(queued)).scalar()
+
 # %% ../../nbs/70_serve/780_service.ipynb #6bdf04c8
 @dataclass
 class Service:
@@ -305,7 +313,7 @@ class Service:
             self._check_upload(who, spec.get("image"))
             how |= needs(self.jobs, spec)
         self._check_quota(who)
-        if serve.queued < sum(self.jobs.counts()["queued"].values()) + count:
+        if waiting(self.jobs, serve.queued) + count > serve.queued:
             raise Problem(503, "service_busy", f"{serve.queued} jobs are waiting, and no more are taken now", after=30)
         try:
             return self.jobs.submit(kind, spec, owner=who.owner, most_queued=serve.queued_per_key, **how)
