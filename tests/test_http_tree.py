@@ -259,3 +259,53 @@ def test_serve_refuses_before_it_starts_anything(house):
         for words, says in ((("--host", "0.0.0.0"), "no key"), (("--port", str(taken.getsockname()[1])), "can't listen"), (("--models", "shapes-t2w"), "nearest: shapes-t2v"), (("--config", "no.ini"), "not there")):
             done = subprocess.run([sys.executable, "-c", "import sys; from vidgen.cli import main; sys.exit(main(sys.argv[1:]))", "serve", *words], cwd=house, capture_output=True, text=True, timeout=100)
             assert done.returncode == 2 and says in done.stderr, (words, done.stderr)
+
+
+def zips(folder, megabytes, clients):
+    "R18: a batch of eight sparse films of so many MB, fetched by clients of whom half give up; returns how much memory the server gained, in MB."
+    import zipfile
+
+    import psutil
+
+    with tree(folder, 1, **LIMITS) as (address, processes, service):
+        for i in range(8):
+            service.jobs.submit("noop", {"prompt": PROMPT, "n": i}, batch="batch_of_eight")
+            claim = service.jobs.claim("worker-test")
+            with (claim.staging / "video.mp4").open("wb") as film:
+                film.truncate(megabytes * 10**6)
+            claim.publish([claim.staging / "video.mp4"], {"video": "video.mp4"})
+        process = psutil.Process(processes.processes[0].pid)
+        httpx.get(f"{address}/health", timeout=60)
+        before, most, got = process.memory_info().rss, 0, []
+
+        def fetch(n):
+            path = folder / f"{n}.zip"
+            with httpx.stream("GET", f"{address}/v1/batches/batch_of_eight/zip", timeout=300) as said, path.open("wb") as out:
+                for piece in said.iter_bytes(1 << 20):
+                    out.write(piece)
+                    if n % 2 and out.tell() > megabytes * 3 * 10**6:
+                        return
+            with zipfile.ZipFile(path) as found:
+                got.append((found.testzip(), len(found.namelist())))
+            path.unlink()
+        threads = [threading.Thread(target=fetch, args=(n,)) for n in range(clients)]
+        for t in threads:
+            t.start()
+        while any(t.is_alive() for t in threads):
+            most = max(most, process.memory_info().rss)
+            time.sleep(0.05)
+        assert got == [(None, 9)] * (clients // 2) and httpx.get(f"{address}/health/ready", timeout=30).status_code == 200
+        assert not [p for p in (folder / "artifacts").rglob("*.zip")]
+    return (most - before) / 1e6
+
+
+@pytest.mark.timeout(120)
+def test_a_zip_is_never_on_the_disk_nor_in_memory(tmp_path):
+    assert zips(tmp_path, 8, 4) < 100
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_many_large_zips_and_half_of_them_dropped(tmp_path):
+    "R18, of the size its row names but for the number of clients that the disk of a test machine holds."
+    assert zips(tmp_path, 200, 6) < 100
