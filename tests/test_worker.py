@@ -237,7 +237,8 @@ def one_sleeper(jobs, database, space, n):
     job = jobs.submit("three", {"n": n, "seconds": 0.3})
     pid = born(database, space / "files", f"sleeper{n}", 0.5)
     until(lambda: jobs.get(job.id).state == "running")
-    os.kill(pid, signal.SIGSTOP)
+    with jobs.writing():  # so that on SQLite it doesn't fall asleep with the lock; PostgreSQL takes the lock away
+        os.kill(pid, signal.SIGSTOP)
     time.sleep(0.7)
     assert jobs.reap() == 1
     now_at_once(jobs)
@@ -261,4 +262,92 @@ def test_an_asleep_process_publishes_nothing(database, space):
     for n in range(3):
         one_sleeper(jobs, database, space, n)
     assert whole(jobs) == {"succeeded": 3}
+    jobs.close()
+
+
+# real clips
+
+def test_a_clip_is_made_trimmed_scored_and_previewed(here):
+    from vidgen.clip import Clip
+    from vidgen.serve.generate import admission, loader
+
+    jobs, worker = here
+    worker.pool = Pool(loader("cpu"))
+    spec = {"prompt": "a red circle moving right on a white background", "num_frames": 6, "trim": True, "score": True, "num_inference_steps": 4, "seed": 5}
+    job = jobs.submit("generate", spec, owner="ada", **admission(jobs, spec))
+    assert worker.once()
+    done = jobs.get(job.id)
+    assert done.state == "succeeded", done.error
+    assert (done.result["frames"], done.result["generated_frames"], done.result["seed"]) == (6, 9, 5) and "temporal_score" in done.result
+    files = {a.name: a for a in jobs.artifacts(job.id)}
+    assert len(Clip.open(files["clip.mp4"].path).frames) == 6 and files["preview-1.png"].tier == "temp" and files["clip.mp4"].owner == "ada"
+    marks = [e.body["progress"] for e in jobs.events(job.id) if e.kind == "progress"]
+    assert marks == sorted(marks) and worker.pool.warm == ("shapes-t2v",)
+    assert admission(jobs, spec)["memory_mib"] > 100, "what was measured is what the next one reserves"
+    again = jobs.submit("generate", spec | {"seed": 5, "score": False})
+    worker.once()
+    same, = [a for a in jobs.artifacts(again.id) if a.name == "clip.mp4"]
+    assert (Clip.open(same.path).frames == Clip.open(files["clip.mp4"].path).frames).all(), "the same seed gives the same clip"
+    asked = jobs.submit("generate", spec | {"num_inference_steps": 200})
+    threading.Timer(0.5, lambda: jobs.cancel(asked.id)).start()
+    worker.once()
+    assert jobs.get(asked.id).state == "canceled" and not jobs.artifacts(asked.id)
+
+
+@pytest.mark.parametrize(("wrong", "says"), [({"prompt": " "}, "empty"), ({"num_frames": 6}, "nearest: 1 or 9"), ({"prompts": "x"}, "nearest: prompt"), ({"model": "shapes-i2v"}, "give image"),
+                                             ({"image": "file_1"}, "can't use an image"), ({"mode": "fast"}, "mode"), ({"adapter": "../x"}, "adapter")])
+def test_what_the_model_cannot_do_is_told_before_it_is_queued(wrong, says):
+    from vidgen.serve.generate import plan
+
+    with pytest.raises(ValueError, match=says):
+        plan({"prompt": "a red circle"} | wrong)
+
+
+class Toy:
+    "Something a pool can hold."
+
+    def __init__(self, mib):
+        import torch
+
+        self.parts = type("Parts", (), {"device": "cpu", "modules": lambda s: {"m": torch.nn.Linear(1, mib * 2**18, bias=False)}})()
+
+
+def test_the_pool_lets_go_of_what_was_used_longest_ago():
+    pool = Pool(lambda name: Toy(int(name[1:])), most_mib=10, pinned=["p3"])
+    for name in ("p3", "a4", "b2", "a4", "c4"):
+        pool.get(name)
+    assert pool.warm == ("p3", "c4") and pool.held_mib == 7  # b2, then a4 had to go
+    pool.clear()
+    assert pool.warm == ("p3",)
+    with pytest.raises(ValueError, match="loaded model"):
+        pool.drop("x1")
+
+
+def test_an_idle_worker_lets_go_of_its_models_for_a_job_that_needs_the_memory(here):
+    jobs, idle = here
+    idle.own.slot, idle.pool = "d", Pool(lambda name: Toy(60))
+    idle.pool.get("warm")
+    with jobs.writing() as ledger:
+        ledger.run(ledger.t.device.insert().values(name="d", total_mib=100, seen=ledger.now + 1e6))
+    idle.beat("idle")
+    other = Worker(jobs, Settings("", "", name="other", slot="d"), Pool(None))
+    large = jobs.submit("noop", {}, memory_mib=80)
+    with jobs.writing() as ledger:
+        ledger.run(ledger.t.job.update().values(skipped=5))  # it has let enough others pass
+    assert not other.once() and jobs.get(large.id).state == "queued", "60 of 100 MiB are held by a worker that does nothing"
+    idle.make_room()
+    assert idle.pool.warm == () and other.once() and jobs.get(large.id).state == "succeeded"
+
+
+def test_a_worker_that_says_nothing_is_killed(database, space):
+    jobs = Jobs.open(database, space / "files", least_free_gib=0)
+    supervisor = Supervisor(jobs, settings(database, space), [])
+    killed = []
+    for n, state in enumerate(("busy", "starting", "idle")):
+        with jobs.writing() as ledger:
+            ledger.run(ledger.t.worker.insert().values(id=f"w{n}", host="h", pid=1, device="d", heartbeat=ledger.now - (0 if state == "idle" else 200), resident_mib=0, warm=[], state=state))
+        process = type("Process", (), {"kill": lambda self, n=n: killed.append(n)})()
+        supervisor.posts.append(type("Post", (), {"process": process, "name": f"w{n}"})())
+    supervisor.kill_disobedient()
+    assert killed == [0]
     jobs.close()

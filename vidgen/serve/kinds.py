@@ -44,15 +44,15 @@ class Work:
         "Outputs of finished stages."
         return self.claim.done
 
-    def report(self, message: str = "", step: int = 0, steps: int = 0) -> None:
-        "Say how far the stage is. Errors: Canceled when somebody asked to stop."
+    def report(self, message: str = "", step: int = 0, steps: int = 0, share: float | None = None) -> None:
+        "Say how far the stage is: `share` of it (default `step` of `steps`). Errors: Canceled when somebody asked to stop."
         self.cancel.check()
         now = time.monotonic()
         if now - self.told < 0.5 and 0 < step < steps:
             return
         self.told = now
         low, high = self.span
-        body = {"stage": self.stage, "progress": round(low + (high - low) * (step / steps if steps else 0.0), 1), "message": message}
+        body = {"stage": self.stage, "progress": round(low + (high - low) * ((step / steps if steps else 0.0) if share is None else share), 1), "message": message}
         tell(self.claim, "progress", body | ({"step": step, "steps": steps} if steps else {}))
 
 

@@ -31,25 +31,6 @@ def check(kind: str, spec: dict, key: str | None, priority: int, expires_in: flo
     if memory_mib < 0:
         raise ValueError(f"memory_mib={memory_mib} must not be negative")
 
-# %% ../../nbs/70_serve/721_requests.ipynb #20730caa
-def submit(ledger: Ledger, kind: str, spec: dict, *, owner: str = "", key: str | None = None, priority: int = 0, expires_in: float | None = None, batch: str | None = None, model: str = "",
-           memory_mib: int = 0, place: int | None = None, view: str = "", most_queued: int | None = None, about: dict | None = None) -> Job:
-    "Add a job, or find the one its idempotency key stands for; see `Jobs.submit`. `about` goes into its first event."
-    check(kind, spec, key, priority, expires_in, memory_mib)
-    said = body_hash(kind, spec, model)
-    if key is not None and (known := _known(ledger, owner, key, said)):
-        return known
-    if most_queued is not None and _waiting(ledger, owner) >= most_queued:
-        raise QueueFull(f"{most_queued} jobs of yours wait already, and that is the most: try again when one has ended")
-    values = dict(
-        id=new_id(), kind=kind, state="queued", owner=owner, idem_key=key, body_hash=said, priority=priority, spec=spec, model=model, view=view, batch=batch, memory_mib=memory_mib,
-        place=place, skipped=0, created_at=ledger.now, not_before=ledger.now, expires_at=None if expires_in is None else ledger.now + expires_in, attempt=0, crash_count=0, fence=0,
-        cancel_requested=False, stage="", progress=0.0, message="", seq=1)
-    if not _insert(ledger, values):
-        return _known(ledger, owner, key, said)
-    ledger.note(values["id"], 1, "queued", {"kind": kind} | (about or {}))
-    return record(Job, ledger.job(values["id"]))
-
 # %% ../../nbs/70_serve/721_requests.ipynb #2df61319
 def _insert(ledger: Ledger, values: dict) -> bool:
     "Add the row unless owner and key are taken; returns whether it was added."
@@ -71,6 +52,25 @@ def _waiting(ledger: Ledger, owner: str) -> int:
     "Jobs of this owner in the queue."
     sa, job = need("sqlalchemy", "serve"), ledger.t.job.c
     return ledger.run(sa.select(sa.func.count()).where(job.owner == owner, job.state == "queued")).scalar()
+
+# %% ../../nbs/70_serve/721_requests.ipynb #20730caa
+def submit(ledger: Ledger, kind: str, spec: dict, *, owner: str = "", key: str | None = None, priority: int = 0, expires_in: float | None = None, batch: str | None = None, model: str = "",
+           memory_mib: int = 0, place: int | None = None, view: str = "", most_queued: int | None = None, about: dict | None = None) -> Job:
+    "Add a job, or find the one its idempotency key stands for; see `Jobs.submit`. `about` goes into its first event."
+    check(kind, spec, key, priority, expires_in, memory_mib)
+    said = body_hash(kind, spec, model)
+    if key is not None and (known := _known(ledger, owner, key, said)):
+        return known
+    if most_queued is not None and _waiting(ledger, owner) >= most_queued:
+        raise QueueFull(f"{most_queued} jobs of yours wait already, and that is the most: try again when one has ended")
+    values = dict(
+        id=new_id(), kind=kind, state="queued", owner=owner, idem_key=key, body_hash=said, priority=priority, spec=spec, model=model, view=view, batch=batch, memory_mib=memory_mib,
+        place=place, skipped=0, created_at=ledger.now, not_before=ledger.now, expires_at=None if expires_in is None else ledger.now + expires_in, attempt=0, crash_count=0, fence=0,
+        cancel_requested=False, stage="", progress=0.0, message="", seq=1)
+    if not _insert(ledger, values):
+        return _known(ledger, owner, key, said)
+    ledger.note(values["id"], 1, "queued", {"kind": kind} | (about or {}))
+    return record(Job, ledger.job(values["id"]))
 
 # %% ../../nbs/70_serve/721_requests.ipynb #30d86594
 def own(ledger: Ledger, job_id: str, owner: str | None):

@@ -97,10 +97,12 @@ class Supervisor:
                 spawn(post, self.settings)
 
     def kill_disobedient(self) -> None:
-        "A worker that was asked to stop and didn't is killed."
+        "A worker is killed that was asked to stop and didn't, or whose process is there and says nothing: it may be holding a lock."
+        select = need("sqlalchemy", "serve").select
         with self.jobs.reading() as ledger:
-            t = ledger.t.job.c
-            late = set(ledger.run(need("sqlalchemy", "serve").select(t.worker).where(t.state == "running", t.cancel_requested, t.cancel_at < ledger.now - self.obey)).scalars())
+            t, w = ledger.t.job.c, ledger.t.worker.c
+            late = set(ledger.run(select(t.worker).where(t.state == "running", t.cancel_requested, t.cancel_at < ledger.now - self.obey)).scalars())
+            late |= set(ledger.run(select(w.id).where(w.state != "starting", w.heartbeat < ledger.now - 2 * max(self.jobs.lease, 15))).scalars())
         for post in self.posts:
             if post.process and post.name in late:
                 post.process.kill()

@@ -123,9 +123,9 @@ class Settings:
     redis: str = ""
     parent: int = 0                      # the worker stops when this process is gone
 
-
-class Worker:
-    "Takes up jobs, one after the other, until it is told to stop."
+# %% ../../nbs/70_serve/75_worker.ipynb #86014830
+class _Slot:
+    "A worker's place in the tables."
 
     def __init__(self, jobs: Jobs, settings: Settings, pool: Pool, bell=None):
         self.jobs, self.own, self.pool, self.bell = jobs, settings, pool, bell
@@ -155,11 +155,16 @@ class Worker:
 
         return torch.cuda.mem_get_info(self.own.device)[0] // 2**20 + self.pool.held_mib
 
-    def waiting(self) -> bool:
-        "Is there anything in the queue? Asked before claiming, for asking locks nothing."
+    def waiting(self, **where) -> bool:
+        "Is there anything in the queue, with these values in its row? Asked before claiming, for asking locks nothing."
         with self.jobs.reading() as ledger:
             t = ledger.t.job
-            return ledger.run(t.select().where(t.c.state == "queued", t.c.not_before <= ledger.now).limit(1)).first() is not None
+            asked = t.select().where(t.c.state == "queued", t.c.not_before <= ledger.now, *(t.c[name] == value for name, value in where.items()))
+            return ledger.run(asked.limit(1)).first() is not None
+
+# %% ../../nbs/70_serve/75_worker.ipynb #b3eb9020
+class Worker(_Slot):
+    "Takes up jobs, one after the other, until it is told to stop."
 
     def once(self) -> bool:
         "Do one job if there is one; returns whether there was."
@@ -167,9 +172,17 @@ class Worker:
             self.beat("idle")
         claim = self.jobs.claim(self.name, free_mib=self.free_mib(), slot=self.own.slot, warm=self.pool.warm) if self.waiting() else None
         if claim is None:
+            self.make_room()
             return False
         self.do(claim)
         return True
+
+    def make_room(self) -> None:
+        "Let go of warm models when a large job has booked this device and waits for the memory."
+        if not self.pool.warm or not self.waiting(booked=self.own.slot):
+            return
+        self.pool.clear()
+        self.beat("idle")
 
     def do(self, claim) -> None:
         "Bring a claim as far as it goes."
