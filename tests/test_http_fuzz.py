@@ -31,6 +31,7 @@ def many_wrong_keys(monkeypatch):
     monkeypatch.setattr(auth, "FAILURES", 10_000_000)
 
 
+@pytest.mark.services
 def test_a_short_walk_over_the_document(tmp_path):
     service = opened(tmp_path, **LIMITS)
     done = fuzz(service, tmp_path, "--max-examples", "5", "--phases", "examples,fuzzing")
