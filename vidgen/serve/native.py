@@ -234,7 +234,7 @@ async def converse(service: Service, socket, who, subscribe: list[dict] = ()) ->
     await socket.accept()
     try:
         who = who or await _introduced(service, socket)
-        talk = progress.Talk(service.hub, lambda: _heard(socket), socket.send_json, lambda name: _allowed(service, name, who), until_end=bool(subscribe))
+        talk = progress.Talk(service.hub, lambda: _heard(socket), lambda message: _told(socket, message), lambda name: _allowed(service, name, who), until_end=bool(subscribe))
         with streaming("ws"):
             code, reason = await talk.run(subscribe)
     except progress.Closing as closing:
@@ -249,6 +249,16 @@ async def _heard(socket) -> str | None:
     "The next text message, None when the client has gone."
     message = await socket.receive()
     return None if message["type"] == "websocket.disconnect" else message.get("text") or ""
+
+
+async def _told(socket, message: dict) -> None:
+    "Send a message; a client that has gone meanwhile ends the conversation, and is no error."
+    from starlette.websockets import WebSocketDisconnect
+
+    try:
+        await socket.send_json(message)
+    except (WebSocketDisconnect, RuntimeError):
+        raise progress.Closing(1000, "") from None
 
 
 async def _introduced(service: Service, socket):
