@@ -229,6 +229,8 @@ def _following(api, service: Service) -> None:
 # %% ../../nbs/70_serve/784_native.ipynb #49972cde
 async def converse(service: Service, socket, who, subscribe: list[dict] = ()) -> None:
     "One WebSocket from the first word to the last; `who` is None when the caller has yet to say it."
+    from starlette.websockets import WebSocketDisconnect
+
     from vidgen.serve.health import streaming
 
     await socket.accept()
@@ -241,7 +243,7 @@ async def converse(service: Service, socket, who, subscribe: list[dict] = ()) ->
         code, reason = closing.code, str(closing)
     try:
         await asyncio.wait_for(socket.close(code, reason[:120]), 1)
-    except (TimeoutError, RuntimeError):
+    except (TimeoutError, RuntimeError, WebSocketDisconnect):
         pass  # gone already, or too slow to hear it
 
 
