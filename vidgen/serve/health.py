@@ -114,9 +114,7 @@ class Table:
                 yield HistogramMetricFamily(name, doc, buckets=buckets, sum_value=all_ or 0.0)
 
     def _stored(self, Gauge) -> Iterator:
-        from vidgen.serve import storage
-
-        found = storage.statistics(self.service.jobs)
+        found = self.service.jobs.statistics()
         stored = Gauge("vidgen_storage_bytes", "Bytes of stored files.", labels=["tier"])
         for tier, one in found["tiers"].items():
             stored.add_metric([tier], one["bytes"])
@@ -224,6 +222,7 @@ def routes(service: Service):
 
     from vidgen.serve.api import may
 
+    counters()  # made here, once, before several loops may ask for them
     api = APIRouter(tags=["health"])
 
     @api.get("/health", summary="The service at a glance")
@@ -254,9 +253,7 @@ def routes(service: Service):
 
 def storage_stats(service: Service) -> dict:
     "Files, megabytes and the disk, as the portrait pipeline's API tells them."
-    from vidgen.serve import storage
-
-    found = storage.statistics(service.jobs)
+    found = service.jobs.statistics()
     tiers = {tier: {"files": one["files"], "size_mb": round(one["bytes"] / 1e6, 3)} for tier, one in found["tiers"].items()}
     return {"total_files": found["total_files"], "total_size_mb": round(found["total_bytes"] / 1e6, 3), "tiers": tiers, "alert": found["alert"],
             "disk": {"free_gb": round(found["disk"]["free_gib"] * 2**30 / 1e9, 3), "percent_used": round(found["disk"]["percent_used"], 1)}}
