@@ -29,12 +29,15 @@ $(READY): pyproject.toml
 	  echo "installed in $$SECONDS s"
 	@touch $@
 
-.PHONY: demo evaluate test services test-services soak lab export lint clean
+.PHONY: demo evaluate serve test services test-services soak lab export lint clean
 demo: $(READY) ## make .venv, install, and turn a prompt into a measured clip
 	@HF_HUB_OFFLINE=1 $(BIN)/vidgen sweep experiments/001_first_clip --preset cpu --force
 
 evaluate: $(READY) ## clips of the shipped model, all metrics, and a report
 	@HF_HUB_OFFLINE=1 $(BIN)/vidgen sweep experiments/010_evaluate --preset cpu --force
+
+serve: $(READY) ## the service on 127.0.0.1:8000: a page to try it, its API at /docs
+	@HF_HUB_OFFLINE=1 $(BIN)/vidgen serve
 
 test: $(READY) ## everything CI checks (make test STEPS="lint pytest" runs some of it)
 	@HF_HUB_OFFLINE=1 $(BIN)/python tests/suite.py $(STEPS)

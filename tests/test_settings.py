@@ -45,9 +45,10 @@ def test_every_key_is_documented_typed_and_its_default_is_right(section, f):
 
 @pytest.mark.parametrize("section, f", KEYS, ids=[f"{s}.{f.name}" for s, f in KEYS])
 def test_every_key_can_be_set_from_the_environment(section, f, monkeypatch):
-    value = f.metadata["choices"][-1] if f.metadata["choices"] else "cpu" if f.name == "device" else "3"
+    special = {"device": "cpu", "url": "sqlite:///other.db", "redis": "redis://host:6379/0"}
+    value = f.metadata["choices"][-1] if f.metadata["choices"] else "true" if f.type is bool else special.get(f.name, "3")
     monkeypatch.setenv(f"VIDGEN_{section}_{f.name}".upper(), value)
-    assert getattr(getattr(get(), section), f.name) == f.type(value)
+    assert getattr(getattr(get(), section), f.name) == (True if f.type is bool else f.type(value))
     assert get().sources == {f"{section}.{f.name}": f"VIDGEN_{section}_{f.name}".upper()}
 
 

@@ -90,6 +90,19 @@ COMMANDS = {
         vidgen sweep 001_first_clip -p seed 3 -p prompt "a green star moving up"
         vidgen sweep 001_first_clip --preset smoke -g seed 1,2,3 -g steps 10,25
         vidgen sweep 030_lora_brand --sweep --show brand_score_after --out reports/data/030_sweep.json"""),
+    "serve": Command("vidgen.serve.command:serve", "Start the service: durable jobs behind an API and a page.", """
+        vidgen serve
+        vidgen serve --port 9000 --api-processes 2 --workers 2
+        vidgen serve --host 0.0.0.0 --database postgresql://vidgen@db/vidgen --redis redis://cache:6379/0"""),
+    "jobs": Command("vidgen.serve.command:jobs_app", "Look at the jobs of the service, stop them, ask again.", """
+        vidgen jobs list --state failed
+        vidgen jobs show job_…
+        vidgen jobs cancel job_… job_…
+        vidgen jobs orphans"""),
+    "keys": Command("vidgen.serve.command:keys_app", "Make, list and end the keys of the service.", """
+        vidgen keys create ada --days 90
+        vidgen keys list
+        vidgen keys revoke abcd2345"""),
     "runs": Command("vidgen.cli:runs", "List recorded runs, the latest first.", "vidgen runs\nvidgen runs 001_first_clip -n 3\nvidgen runs --status canceled"),
     "doctor": Command("vidgen.doctor:command", "Check this machine, and say what mends each problem.", "vidgen doctor\nvidgen doctor --json"),
 }

@@ -67,7 +67,26 @@ class Evaluate:
 
 @dataclass(frozen=True)
 class Serve:
-    "The service."
+    "The service: `vidgen serve`."
+    host: str = key("127.0.0.1", "address it listens on; beyond this machine (0.0.0.0) it starts only when a key exists or open = true", pattern=r"\S+")
+    port: int = key(8000, "port it listens on; 0 = a free one", low=0)
+    open: bool = key(False, "serve other machines although there is no key: everybody who reaches it may use it")
+    workers: str = key("auto", "worker processes; auto = one per GPU, on a CPU one", pattern=r"auto|[1-9]\d*")
+    api_processes: int = key(1, "processes that answer requests", unit="processes", low=1)
+    models: str = key("shapes-t2v,shapes-i2v", "models that are loaded at the start and stay so, separated by commas")
+    hosts: str = key("", "names browsers may call it by besides localhost and its address, separated by commas, e.g. clips.example.org")
+    origins: str = key("", "other web pages that may call it, separated by commas, e.g. https://lab.example.org")
+    urls: str = key("", "hosts a request may name in the URL of a picture, separated by commas; empty = no URLs, only uploads")
+    docs: bool = key(True, "show the API's pages at /docs")
+    metrics_open: bool = key(True, "answer /metrics without a key")
+    requests_per_minute: int = key(600, "requests of one key, or of one address where there is no key", unit="requests", low=1)
+    queued_per_key: int = key(100, "queued jobs of one key; more are refused with 429", unit="jobs", low=1)
+    queued: int = key(1000, "queued jobs of everybody; more are refused with 503", unit="jobs", low=1)
+    device_seconds_per_day: float = key(0.0, "seconds of computing one key may use in 24 hours; 0 = as many as it likes", unit="seconds", low=0)
+    megapixels: float = key(600.0, "width x height x frames a job may ask for", unit="million pixels", low=0.001)
+    wait: float = key(300.0, "how long a request that waits for its clip is held before it is answered with 202", unit="seconds", low=0)
+    portal_expires: float = key(300.0, "queued jobs of /api/video expire after this; 0 = never", unit="seconds", low=0)
+    logs: str = key("logs", "folder of the logs; empty = standard error only", unit="folder")
 
 
 @dataclass(frozen=True)
@@ -76,11 +95,14 @@ class Storage:
     runs: str = key("runs", "folder of the recorded runs", unit="folder", pattern=r".+")
     root: str = key("artifacts", "folder of stored files", unit="folder", pattern=r".+")
     cache: str = key("", "folder of things that can be computed again; empty = vidgen in the user's cache folder", unit="folder")
+    least_free_gib: float = key(5.0, "with less free disk the service warns and takes no new job", unit="GiB", low=0)
 
 
 @dataclass(frozen=True)
 class Database:
-    "The table of jobs and feedback."
+    "The table of jobs and feedback. A relative sqlite file counts from the folder of this file, or from the working folder when there is none."
+    url: str = key("sqlite:///vidgen.db", "sqlite:///file on one machine's own disk, or postgresql+psycopg://user@host/name for many machines", pattern=r"(sqlite|postgresql).*")
+    redis: str = key("", "redis://host:6379/0 makes waiting shorter and counts requests over several machines; empty = without", pattern=r"(rediss?://.+)?")
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,205 @@
+"""The page in a headless browser: asked, followed, seen, played, kept; by keyboard, on a phone, with a key."""
+import os
+import shutil
+import threading
+import time
+
+import pytest
+from serving import PROMPT, opened, served
+
+pytestmark = pytest.mark.services
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+
+@pytest.fixture(scope="module")
+def browser():
+    assert CHROMIUM, "no Chromium: make services"
+    with pytest.importorskip("playwright.sync_api").sync_playwright() as play:
+        made = play.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--autoplay-policy=no-user-gesture-required"])
+        yield made
+        made.close()
+
+
+@pytest.fixture(scope="module")
+def film(tmp_path_factory):
+    from vidgen.clip import Clip
+    from vidgen.world import render, scene
+
+    folder = tmp_path_factory.mktemp("film")
+    clip = Clip(render(scene(7, shape="circle", colour="red", motion="right", background="white")).frames, 8.0)
+    clip.save(folder / "clip.mp4")
+    clip.save(folder / "strip.png")
+    return folder
+
+
+@pytest.fixture
+def service(tmp_path):
+    made = opened(tmp_path)
+    yield made
+    made.jobs.close()
+
+
+class Worker(threading.Thread):
+    "Does every job slowly: progress, a preview, more progress, the film."
+
+    def __init__(self, service, film, pause=0.3):
+        super().__init__(daemon=True)
+        self.service, self.film, self.pause, self.stop = service, film, pause, threading.Event()
+
+    def run(self):
+        from vidgen.serve.records import Lost
+
+        while not self.stop.wait(0.05):
+            if claim := self.service.jobs.claim("worker-test"):
+                try:
+                    self.work(claim)
+                except Lost:
+                    pass
+
+    def work(self, claim):
+        for percent in (10, 30, 60, 90):
+            if claim.cancel_requested():
+                return claim.canceled()
+            claim.event("progress", {"stage": "make", "progress": percent, "message": "denoise", "step": percent // 4, "steps": 25})
+            if percent == 30:
+                claim.preview(shutil.copy(self.film / "strip.png", claim.staging / "preview-1.png"))
+            time.sleep(self.pause)
+        shutil.copy(self.film / "clip.mp4", claim.staging / "clip.mp4")
+        claim.publish([claim.staging / "clip.mp4"], {"video": "clip.mp4", "frames": 17, "fps": 8.0, "duration": 2.125, "seed": claim.job.spec.get("seed", 0), "model": "shapes-t2v", "seconds": 1.2, "warnings": []})
+
+
+@pytest.fixture
+def worker(service, film):
+    made = Worker(service, film)
+    made.start()
+    yield made
+    made.stop.set()
+    made.join()
+
+
+def until(page, expression, seconds=30):
+    "Wait for a truth on the page; asked from outside, for its own policy allows no eval."
+    end = time.monotonic() + seconds
+    while not page.evaluate(expression):
+        assert time.monotonic() < end, f"{expression}; {getattr(page, 'trouble', '')}"
+        time.sleep(0.05)
+
+
+def visit(browser, address, **how):
+    context = browser.new_context(**how)
+    page = context.new_page()
+    page.trouble = []
+    page.on("console", lambda m: m.type == "error" and page.trouble.append(m.text))
+    page.on("pageerror", lambda e: page.trouble.append(str(e)))
+    page.on("request", lambda r: r.url.startswith((address, "blob:", "data:")) or page.trouble.append(f"asked elsewhere: {r.url}"))
+    page.goto(address)
+    until(page, "document.querySelectorAll('#model option').length > 0")
+    return page
+
+
+def shot(page, name):
+    if folder := os.environ.get("VIDGEN_TEST_SCREENSHOTS"):
+        page.screenshot(path=f"{folder}/{name}.png", full_page=True)
+
+
+def test_a_clip_from_the_prompt_to_the_download(browser, service, worker, tmp_path):
+    with served(service) as address:
+        page = visit(browser, address)
+        page.fill("#prompt", PROMPT)
+        page.click("summary")
+        page.fill("[name=seed]", "7")
+        page.click("#go")
+        until(page, "document.querySelector('#bar').value >= 30 && document.querySelector('#bar').value < 100")
+        until(page, "!document.querySelector('#preview').hidden && document.querySelector('#preview').naturalWidth > 0")
+        shot(page, "running")
+        until(page, "document.querySelector('#player').readyState >= 2 && !document.querySelector('#player').hidden")
+        until(page, "document.querySelector('#player').currentTime > 0")
+        shot(page, "finished")
+        assert page.evaluate("document.querySelector('#player').videoWidth") == 96 and "finished" in page.inner_text("#message") and "seed 7" in page.inner_text("#facts")
+        with page.expect_download() as got:
+            page.click("#download")
+        got.value.save_as(tmp_path / "got.mp4")
+        assert (tmp_path / "got.mp4").read_bytes() == (worker.film / "clip.mp4").read_bytes() and got.value.suggested_filename.startswith("job_")
+        page.reload()
+        until(page, "document.querySelectorAll('#history li').length == 1")
+        assert PROMPT in page.inner_text("#history") and not page.trouble, page.trouble
+
+
+def test_by_keyboard_alone(browser, service, worker):
+    with served(service) as address:
+        page = visit(browser, address)
+        page.keyboard.press("n")
+        page.keyboard.type(PROMPT)
+        page.keyboard.press("Control+Enter")
+        until(page, "document.querySelector('#player').readyState >= 2")
+        page.keyboard.press("Escape")
+        page.keyboard.press("j")
+        assert page.evaluate("document.activeElement.parentElement.id").startswith("job_")
+        page.keyboard.press("Enter")
+        until(page, "document.querySelector('#history [aria-current=true]') !== null")
+        assert not page.trouble, page.trouble
+
+
+def test_a_job_is_canceled_and_a_mistake_is_told(browser, service, film):
+    with served(service) as address:
+        page = visit(browser, address)
+        page.fill("#prompt", PROMPT)
+        page.click("#go")
+        page.wait_for_selector("#history li.queued")
+        page.click("#cancel")
+        page.wait_for_selector("#history li.canceled")
+        page.fill("#prompt", "   ")
+        page.click("#go")
+        page.wait_for_selector("#error:not([hidden])")
+        assert "prompt" in page.inner_text("#error").lower()
+
+
+def test_on_a_phone_nothing_sticks_out(browser, service, worker):
+    with served(service) as address:
+        page = visit(browser, address, viewport={"width": 360, "height": 740}, device_scale_factor=2, is_mobile=True, has_touch=True)
+        page.fill("#prompt", "a" * 300)
+        page.tap("#go")
+        until(page, "document.querySelector('#player').readyState >= 2")
+        page.tap("summary")
+        shot(page, "phone")
+        assert page.evaluate("document.documentElement.scrollWidth") <= 360
+        small = page.evaluate("[...document.querySelectorAll('button, input, select, .button')].filter(e => e.offsetParent && e.getBoundingClientRect().height < 40).map(e => e.id || e.outerHTML)")
+        assert not small and not page.trouble, (small, page.trouble)
+
+
+def test_with_a_key(browser, service, worker):
+    key, _ = service.keys.create("ada")
+    with served(service) as address:
+        context = browser.new_context()
+        page = context.new_page()
+        page.goto(address)
+        page.wait_for_selector("#key-dialog[open]")
+        page.fill("#key", key)
+        page.keyboard.press("Enter")
+        until(page, "document.querySelectorAll('#model option').length > 0")
+        page.fill("#prompt", PROMPT)
+        page.click("#go")
+        until(page, "document.querySelector('#preview').naturalWidth > 0")
+        until(page, "document.querySelector('#player').readyState >= 2")
+        assert key not in page.url and service.jobs.list()[0].owner == "ada"
+
+
+def test_two_pages_see_the_same_job(browser, service, worker):
+    with served(service) as address:
+        first, second = visit(browser, address), visit(browser, address)
+        first.fill("#prompt", PROMPT)
+        first.click("#go")
+        first.wait_for_selector("#history li.succeeded")
+        second.reload()
+        second.wait_for_selector("#history li.succeeded")
+
+
+def test_the_docs_come_from_here(browser, service):
+    with served(service) as address:
+        page = browser.new_page()
+        asked = []
+        page.on("request", lambda r: asked.append(r.url))
+        page.goto(f"{address}/docs")
+        until(page, "document.body.innerText.includes('/v1/jobs')")
+        shot(page, "docs")
+        assert all(url.startswith((address, "data:")) for url in asked), asked

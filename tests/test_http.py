@@ -1,0 +1,299 @@
+"""The HTTP side's contracts: routes, fields, status words and shapes, on the real tables and files."""
+import io
+import json
+import time
+import zipfile
+
+import pytest
+from serving import PROMPT, client, finish, opened, take
+
+
+@pytest.fixture
+def service(tmp_path):
+    made = opened(tmp_path)
+    yield made
+    made.jobs.close()
+
+
+@pytest.fixture
+def http(service):
+    return client(service)
+
+
+def ask(http, **more):
+    answer = http.post("/v1/jobs", json={"spec": {"prompt": PROMPT, **more}})
+    assert answer.status_code == 202, answer.text
+    return answer.json()
+
+
+# the own API
+
+def test_a_job_from_the_request_to_the_file(http, service):
+    job = ask(http, seed=7)
+    assert job["state"] == "queued" and job["spec"] == {"prompt": PROMPT, "seed": 7, "model": "shapes-t2v"}
+    finish(service, b"0123456789")
+    job = http.get(job["links"]["self"]).json()
+    assert job["state"] == "succeeded" and job["progress"] == 100 and job["result"]["frames"] == 17
+    assert http.get(job["links"]["video"]).content == b"0123456789"
+    files = http.get(job["links"]["artifacts"]).json()
+    assert [(f["name"], f["bytes"], f["mime"]) for f in files] == [("video.mp4", 10, "video/mp4")] and "path" not in files[0]
+
+
+def test_ranges_and_etags(http, service):
+    job = ask(http)
+    finish(service, b"0123456789")
+    url = f"/v1/jobs/{job['id']}/artifacts/video.mp4"
+    part = http.get(url, headers={"Range": "bytes=2-4"})
+    assert (part.status_code, part.content, part.headers["content-range"]) == (206, b"234", "bytes 2-4/10")
+    assert http.get(url, headers={"Range": "bytes=20-"}).status_code == 416
+    whole = http.get(url)
+    assert whole.headers["accept-ranges"] == "bytes" and http.get(url, headers={"If-None-Match": whole.headers["etag"]}).status_code == 304
+    assert http.get(url, params={"download": True}).headers["content-disposition"].startswith("attachment")
+
+
+def test_one_key_is_one_job(http):
+    send = lambda prompt: http.post("/v1/jobs", json={"spec": {"prompt": prompt}}, headers={"Idempotency-Key": "k1"})  # noqa: E731
+    first, again, other = send(PROMPT), send(PROMPT), send("another prompt")
+    assert first.json()["id"] == again.json()["id"] and again.json()["repeated"] and other.status_code == 409 and other.json()["code"] == "conflict"
+
+
+def test_cancel_retry_delete(http, service):
+    job = ask(http)
+    assert http.delete(f"/v1/jobs/{job['id']}").status_code == 409
+    assert http.post(job["links"]["cancel"]).json()["state"] == "canceled"
+    again = http.post(f"/v1/jobs/{job['id']}/retry")
+    assert again.status_code == 202 and again.json()["id"] != job["id"] and again.json()["spec"] == job["spec"]
+    assert http.delete(f"/v1/jobs/{job['id']}").status_code == 204 and http.get(f"/v1/jobs/{job['id']}").status_code == 404
+
+
+def test_a_running_job_is_asked_to_stop_and_says_when_it_has(http, service):
+    job = ask(http)
+    claim = take(service)
+    said = http.post(job["links"]["cancel"]).json()
+    assert said["state"] == "running" and said["cancel_requested"]
+    claim.canceled()
+    assert http.get(job["links"]["self"]).json()["state"] == "canceled"
+
+
+def test_pages_of_jobs_are_cut_by_id_and_filtered(http, service):
+    made = [ask(http, seed=i)["id"] for i in range(5)]
+    http.post(f"/v1/jobs/{made[0]}/cancel")
+    first = http.get("/v1/jobs", params={"limit": 2}).json()
+    rest = http.get("/v1/jobs", params={"limit": 3, "cursor": first["next"]}).json()
+    assert [j["id"] for j in first["data"] + rest["data"]] == made[::-1] and rest["next"] is None
+    assert [j["id"] for j in http.get("/v1/jobs", params={"state": "canceled"}).json()["data"]] == made[:1]
+    assert http.get("/v1/jobs", params={"state": "done"}).status_code == 422
+
+
+def test_prefer_wait_waits_for_the_end(http, service):
+    import threading
+
+    threading.Timer(0.3, finish, [service]).start()
+    start = time.monotonic()
+    done = http.post("/v1/jobs", json={"spec": {"prompt": PROMPT}}, headers={"Prefer": "wait=10"}).json()
+    assert done["state"] == "succeeded" and 0.2 < time.monotonic() - start
+    assert http.post("/v1/jobs", json={"spec": {"prompt": PROMPT}}, headers={"Prefer": "wait=0"}).json()["state"] == "queued"
+
+
+def test_a_batch_is_accepted_whole_or_not_at_all(http, service):
+    bad = http.post("/v1/batches", json={"specs": [{"prompt": PROMPT}, {"prompt": PROMPT, "num_frames": 16}]})
+    assert bad.status_code == 422 and http.get("/v1/jobs").json()["data"] == []
+    assert http.post("/v1/batches", json={"specs": [{"prompt": PROMPT}] * 9}).status_code == 422
+    made = http.post("/v1/batches", json={"specs": [{"prompt": PROMPT, "seed": i} for i in range(3)]}).json()
+    assert made["states"] == {"queued": 3} and [service.jobs.get(j["id"]).place for j in made["jobs"]] == [0, 1, 2]
+    finish(service)
+    found = http.get(f"/v1/batches/{made['id']}").json()
+    assert found["states"] == {"queued": 2, "succeeded": 1} and [j["id"] for j in found["jobs"]] == [j["id"] for j in made["jobs"]]
+    packed = zipfile.ZipFile(io.BytesIO(http.get(f"/v1/batches/{made['id']}/zip").content))
+    assert packed.testzip() is None and len(packed.namelist()) == 2 and [r["state"] for r in json.loads(packed.read("manifest.json"))] == ["succeeded", "queued", "queued"]
+
+
+def test_a_batch_that_the_queue_has_no_room_for_leaves_nothing(tmp_path):
+    service = opened(tmp_path, serve_queued_per_key=2)
+    http = client(service)
+    refused = http.post("/v1/batches", json={"specs": [{"prompt": PROMPT, "seed": i} for i in range(3)]})
+    assert refused.status_code == 429 and refused.headers["retry-after"]
+    assert {j.state for j in service.jobs.list()} <= {"canceled"}
+    service.jobs.close()
+
+
+def test_models_say_what_they_can_do(http):
+    found = http.get("/v1/models").json()
+    by = {m["id"]: m for m in found["data"]}
+    assert found["default"] == "shapes-t2v" and by["shapes-t2v"]["ready"] and 17 in by["shapes-t2v"]["frames"] and by["cogvideox-5b"]["num_frames"] == 49
+
+
+def test_events_as_a_page(http, service):
+    job = ask(http)
+    finish(service)
+    rows = http.get(job["links"]["events"]).json()["data"]
+    assert [r["seq"] for r in rows] == list(range(1, len(rows) + 1)) and rows[0]["type"] == "queued" and rows[-1]["type"] == "succeeded"
+    assert [r["seq"] for r in http.get(job["links"]["events"], params={"after": 2}).json()["data"]] == [r["seq"] for r in rows if r["seq"] > 2]
+
+
+# S1
+
+def test_generate_status_video(http, service):
+    asked = http.post("/generate", json={"prompt": PROMPT, "num_frames": 9, "seed": 7, "fps": 4, "guidance_scale": 3})
+    assert asked.status_code == 200 and set(asked.json()) == {"job_id", "status"} and asked.json()["status"] == "processing"
+    job = asked.json()["job_id"]
+    assert http.get(f"/status/{job}").json() == {"job_id": job, "status": "pending", "progress": 0.0}
+    early = http.get(f"/video/{job}")
+    assert early.status_code == 409 and "not finished" in early.json()["detail"]
+    claim = take(service)
+    claim.event("progress", {"stage": "denoise", "progress": 40})
+    assert http.get(f"/status/{job}").json() == {"job_id": job, "status": "processing", "progress": 40.0}
+    (claim.staging / "video.mp4").write_bytes(b"0123456789")
+    claim.publish([claim.staging / "video.mp4"], {"video": "video.mp4"})
+    assert http.get(f"/status/{job}").json()["status"] == "completed"
+    film = http.get(f"/video/{job}", headers={"Range": "bytes=0-3"})
+    assert film.status_code == 206 and film.content == b"0123" and film.headers["content-type"] == "video/mp4"
+    for path in ("/status/job_none", "/video/job_none"):
+        assert http.get(path).status_code == 404
+    service.jobs.artifacts(job)[0].path.unlink()
+    assert http.get(f"/video/{job}").status_code == 410
+
+
+@pytest.mark.parametrize(("end", "says"), [("canceled", "canceled"), ("expired", "longer"), ("failed", "no memory")])
+def test_other_ends_read_as_failed_with_the_reason(http, service, end, says):
+    job = http.post("/generate", json={"prompt": PROMPT}).json()["job_id"]
+    if end == "canceled":
+        service.jobs.cancel(job)
+    elif end == "failed":
+        take(service).fail({"code": "out_of_memory", "message": "no memory"}, retry=False)
+    else:
+        with service.jobs.writing() as ledger:
+            ledger.run(ledger.t.job.update().values(expires_at=1.0))
+        service.jobs.expire()
+    said = http.get(f"/status/{job}").json()
+    assert said["status"] == "failed" and says in said["error"]
+    assert http.get(f"/api/video/status/{job}").json()["status"] == ("expired" if end == "expired" else "failed")
+    assert http.get(f"/v1/videos/{job}").json()["status"] == "failed"
+
+
+def test_health_is_one_flat_object(http, service):
+    found = http.get("/health").json()
+    assert {"status", "model", "device", "cpu_usage", "memory_usage", "gpu_usage", "active_jobs", "completed_jobs", "failed_jobs", "queue_depth"} <= set(found)
+    assert not any(isinstance(v, (dict, list)) for v in found.values())
+    ask(http)
+    assert http.get("/health").json()["queue_depth"] == 1 and http.get("/health/live").status_code == http.get("/health/ready").status_code == 200
+
+
+# S2
+
+def while_waiting(service, **result):
+    import threading
+
+    def work():
+        until = time.monotonic() + 20
+        while time.monotonic() < until:
+            if service.jobs.counts()["states"]["queued"]:
+                return finish(service, **result)
+            time.sleep(0.05)
+    threading.Thread(target=work).start()
+
+
+def test_generate_video_waits_and_says_where_it_is(http, service):
+    while_waiting(service, frames=16, fps=8, duration=2.0, generated_frames=17)
+    said = http.post("/generate-video", json={"prompt": PROMPT})
+    job, = service.jobs.list()
+    assert said.status_code == 200 and said.json() == {"job_id": job.id, "video_url": f"http://localhost/artifacts/{job.id}.mp4", "frames": 16, "fps": 8, "duration": 2.0, "generated_frames": 17}
+    assert job.spec["num_frames"] == 16 and job.spec["trim"] is True and job.spec["fps"] == 8
+    assert http.get(said.json()["video_url"]).content == b"frames of a film"
+
+
+def test_generate_video_does_not_wait_when_told_so(http, service):
+    said = http.post("/generate-video", json={"prompt": PROMPT, "num_frames": 17}, headers={"Prefer": "respond-async"})
+    assert said.status_code == 202 and said.json()["status"] == "pending" and service.jobs.list()[0].spec["num_frames"] == 17
+    assert http.get(said.headers["location"]).json()["job_id"] == said.json()["job_id"]
+
+
+def picture():
+    from PIL import Image
+
+    out = io.BytesIO()
+    Image.new("RGB", (96, 64), "red").save(out, "PNG")
+    return out.getvalue()
+
+
+def test_generate_video_as_a_form_with_a_picture(http, service):
+    while_waiting(service, temporal_score=0.9)
+    fields = {"prompt": PROMPT, "mode": "optimized", "num_frames": "17", "num_inference_steps": "5", "guidance_scale": "3", "seed": "7", "fps": "8", "height": "64", "width": "96"}
+    said = http.post("/generate-video", data=fields, files={"image": ("../../etc/passwd", picture(), "image/png")})
+    assert said.status_code == 200, said.text
+    job, = service.jobs.list()
+    assert {"video_path", "artifact_url", "temporal_score", "mode", "latency_seconds", "peak_memory_gib"} <= set(said.json())
+    assert said.json()["video_path"] == f"/artifacts/{job.id}.mp4" and said.json()["mode"] == "optimized" and said.json()["temporal_score"] == 0.9
+    assert job.model == "shapes-i2v+optimized" and job.spec["num_inference_steps"] == 5 and job.spec["image"].startswith("file_")
+    assert "passwd" not in str(service.jobs.kept(job.spec["image"]).path)
+
+
+def test_an_adapter_is_a_registered_name_and_no_path(http, service):
+    (service.jobs.root / "adapters/my-brand").mkdir(parents=True)
+    (service.jobs.root / "adapters/my-brand/pytorch_lora_weights.safetensors").write_bytes(b"")
+    for wrong in ("/etc/passwd", "../my-brand", "mybrand", "someone/on-a-hub"):
+        assert http.post("/generate-video", data={"prompt": PROMPT, "lora": wrong}, headers={"Prefer": "respond-async"}).status_code == 422
+    assert http.post("/generate-video", data={"prompt": PROMPT, "lora": "my-brand"}, headers={"Prefer": "respond-async"}).status_code == 202
+    assert service.jobs.list()[0].spec["adapter"] == "my-brand"
+
+
+# S3
+
+def test_portal_single(http, service):
+    said = http.post("/api/video/single_inference", json={"prompt": PROMPT}).json()
+    assert set(said) == {"job_id", "status", "message"} and said["status"] == "pending"
+    job = service.jobs.get(said["job_id"])
+    assert job.expires_at == pytest.approx(job.created_at + 300)
+    assert http.get(f"/api/video/status/{job.id}").json() == {"job_id": job.id, "status": "pending", "message": "waiting for its turn", "progress": 0.0, "video_url": None}
+    finish(service)
+    done = http.get(f"/api/video/status/{job.id}").json()
+    assert (done["status"], done["progress"], done["video_url"]) == ("complete", 100.0, f"/static/videos/{job.id}/video.mp4")
+    for path in (done["video_url"], f"/api/videos/{job.id}", f"/api/videos/{job.id}.mp4"):
+        assert http.get(path).content == b"frames of a film"
+    assert http.get("/api/video/status/job_none").status_code == 404
+
+
+def test_portal_batch(http, service):
+    said = http.post("/api/video/batch_inference", json={"prompts": [PROMPT] * 3, "seed": 7})
+    assert said.status_code == 200 and len(said.json()["jobs"]) == 3
+    assert [service.jobs.get(j["job_id"]).spec["seed"] for j in said.json()["jobs"]] == [7, 8, 9]
+    assert [service.jobs.get(j["job_id"]).place for j in said.json()["jobs"]] == [0, 1, 2]
+    batch = said.json()["batch_id"]
+    finish(service)
+    state = http.get(f"/api/video/batch_status/{batch}").json()
+    assert (state["total"], state["complete"], state["pending"]) == (3, 1, 2) and len(state["jobs"]) == 3
+    packed = http.get(f"/api/video/batch_download/{batch}")
+    assert packed.headers["content-type"] == "application/zip" and len(zipfile.ZipFile(io.BytesIO(packed.content)).namelist()) == 2
+    assert http.post("/api/video/batch_inference", json={"prompts": [PROMPT] * 9}).status_code == 422
+    assert http.get("/api/video/batch_status/batch_none").status_code == 404
+
+
+def test_clean_expired_ends_what_waited_too_long(http, service):
+    job = http.post("/api/video/single_inference", json={"prompt": PROMPT}).json()["job_id"]
+    assert http.post("/api/video/clean_expired").json() == {"removed": 0}
+    with service.jobs.writing() as ledger:
+        ledger.run(ledger.t.job.update().values(expires_at=1.0))
+    assert http.post("/api/video/clean_expired").json() == {"removed": 1} and http.get(f"/api/video/status/{job}").json()["status"] == "expired"
+    assert service.jobs.get(http.post("/generate", json={"prompt": PROMPT}).json()["job_id"]).expires_at is None
+
+
+def test_storage_statistics(http):
+    found = http.get("/api/pipeline/storage/stats").json()
+    assert {"total_files", "total_size_mb", "tiers", "disk"} <= set(found) and set(found["tiers"]) == {"uploads", "processed", "videos", "temp"} and set(found["disk"]) == {"free_gb", "percent_used"}
+
+
+# the document and the pages
+
+def test_the_document_names_every_route(http):
+    paths = http.get("/openapi.json").json()["paths"]
+    wanted = ["/generate", "/status/{job_id}", "/video/{job_id}", "/health", "/generate-video", "/artifacts/{filename}", "/api/video/single_inference", "/api/video/status/{job_id}",
+              "/api/video/batch_inference", "/api/video/batch_status/{batch_id}", "/api/video/batch_download/{batch_id}", "/api/video/clean_expired", "/api/videos/{video_id}", "/v1/videos",
+              "/v1/videos/{video_id}", "/v1/videos/{video_id}/content", "/v1/jobs", "/v1/jobs/{job_id}/events", "/v1/batches", "/v1/events", "/v1/models", "/metrics", "/health/ready"]
+    assert not set(wanted) - set(paths)
+
+
+def test_the_document_can_be_turned_off(tmp_path):
+    service = opened(tmp_path, serve_docs=False)
+    http = client(service)
+    assert http.get("/docs").status_code == http.get("/openapi.json").status_code == 404
+    service.jobs.close()

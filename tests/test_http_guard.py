@@ -1,0 +1,395 @@
+"""Security, row by row: who may, whose is it, how much, from where, what is in it."""
+import io
+import json
+import logging
+import time
+import warnings
+from pathlib import Path
+
+import pytest
+from serving import PROMPT, client, finish, opened, served
+
+from vidgen.serve import auth, guard
+from vidgen.serve.guard import Problem
+
+
+@pytest.fixture
+def service(tmp_path):
+    made = opened(tmp_path)
+    yield made
+    made.jobs.close()
+
+
+def bearer(service, owner="ada", **how):
+    return {"Authorization": f"Bearer {service.keys.create(owner, **how)[0]}"}
+
+
+def spec(**more):
+    return {"spec": {"prompt": PROMPT, **more}}
+
+
+# whose is it (API1), who is asking (API2), which part (API5)
+
+def routes(service):
+    "(method, path) of every route in the OpenAPI document."
+    paths = client(service).get("/openapi.json", headers=bearer(service, "doc")).json()["paths"]
+    return [(method.upper(), path) for path, methods in paths.items() for method in methods]
+
+
+def test_nobody_sees_what_belongs_to_another(service):
+    job = service.jobs.submit("generate", {"prompt": PROMPT}, owner="ada", batch="batch_of_ada", model="shapes-t2v")
+    finish(service)
+    mine, other, http = bearer(service, "ada"), bearer(service, "eve"), client(service)
+    ids = {"{job_id}": job.id, "{video_id}": job.id, "{batch_id}": "batch_of_ada", "{filename}": f"{job.id}.mp4", "{name}": "video.mp4"}
+    tried = 0
+    for method, path in routes(service):
+        if "{" not in path:
+            continue
+        url = path
+        for name, value in ids.items():
+            url = url.replace(name, value)
+        assert "{" not in url, f"{path} has a parameter this test does not know"
+        body = {"prompt": PROMPT} if path.endswith("remix") else None
+        answer = http.request(method, url, headers=other, json=body)
+        assert answer.status_code == 404, (method, path, answer.status_code)
+        unknown = http.request(method, url.replace(job.id, "job_none").replace("batch_of_ada", "batch_none"), headers=other, json=body)
+        assert {k: v for k, v in unknown.json().items() if k in ("status", "code")} == {k: v for k, v in answer.json().items() if k in ("status", "code")}
+        tried += 1
+    assert tried >= 18 and http.get(f"/v1/jobs/{job.id}", headers=mine).status_code == 200
+    assert http.get("/v1/events", params={"jobs": job.id}, headers=other).status_code == 404
+    for path in ("/v1/jobs", "/v1/videos"):
+        assert http.get(path, headers=other).json()["data"] == [] != http.get(path, headers=mine).json()["data"]
+
+
+OPEN = {"/health", "/health/live", "/health/ready", "/metrics"}
+
+
+def test_every_route_but_health_and_metrics_needs_a_key_once_there_is_one(service):
+    http = client(service)
+    assert http.get("/v1/jobs").status_code == 200
+    found = routes(service)  # makes a key
+    for method, path in found:
+        status = http.request(method, path.replace("{", "").replace("}", "")).status_code
+        assert (status == 401) == (path not in OPEN), (method, path, status)
+
+
+def test_metrics_may_need_a_key(tmp_path):
+    service = opened(tmp_path, serve_metrics_open=False)
+    key = bearer(service)
+    assert client(service).get("/metrics").status_code == 401 and client(service).get("/metrics", headers=key).status_code == 200
+    service.jobs.close()
+
+
+def test_scopes(service):
+    http, reader, user, admin = client(service), bearer(service, scopes=["read"]), bearer(service), bearer(service, scopes=["admin"])
+    assert http.post("/v1/jobs", json=spec(), headers=reader).status_code == 403
+    assert http.get("/v1/jobs", headers=reader).status_code == 200 and http.post("/v1/jobs", json=spec(), headers=user).status_code == 202
+    assert [http.get("/v1/storage", headers=h).status_code for h in (reader, user, admin)] == [403, 403, 200]
+
+
+def test_a_key_ends_by_revoking_and_by_time(service):
+    http = client(service)
+    text, key = service.keys.create("ada")
+    head = {"Authorization": f"Bearer {text}"}
+    assert http.get("/v1/jobs", headers=head).status_code == 200 and http.get("/v1/jobs", headers={"X-API-Key": text}).status_code == 200
+    service.keys.revoke(key.id)
+    assert http.get("/v1/jobs", headers=head).status_code == 401
+    short, _ = service.keys.create("ada", expires_in=0.05)
+    time.sleep(0.1)
+    assert service.keys.check(short) is None and http.get("/v1/jobs").status_code == 401
+
+
+def test_no_secret_is_stored_or_logged(service, tmp_path, caplog):
+    text, key = service.keys.create("ada")
+    http, head = client(service), {"Authorization": f"Bearer {text}"}
+    with caplog.at_level(logging.DEBUG):
+        job = http.post("/v1/jobs", json=spec(), headers=head).json()
+        ticket = auth.ticket(service.keys, key, f"/v1/jobs/{job['id']}")
+        assert http.get(f"/v1/jobs/{job['id']}", params={"ticket": ticket}).status_code == 200
+    service.jobs.close()
+    secret = auth.parts(text)[1]
+    stored = b"".join(p.read_bytes() for p in tmp_path.rglob("*") if p.is_file())
+    assert secret.encode() not in stored and auth.digest(secret).encode() in stored
+    said = "\n".join(f"{r.getMessage()} {r.__dict__}" for r in caplog.records if r.name.startswith("vidgen"))
+    assert secret not in said and ticket not in said and PROMPT not in said
+
+
+def test_guessing_keys_is_stopped(service):
+    http, good = client(service), bearer(service)
+    said = [http.get("/v1/jobs", headers={"Authorization": f"Bearer vg_{'a' * 8}_{'x' * 43}"}).status_code for _ in range(auth.FAILURES + 1)]
+    assert said == [401] * auth.FAILURES + [429]
+    blocked = http.get("/v1/jobs", headers=good)
+    assert blocked.status_code == 429 and 0 < int(blocked.headers["retry-after"]) <= 60
+
+
+def test_comparing_does_not_depend_on_the_key(service, monkeypatch):
+    "An unknown id and a wrong secret take the same way: one look-up, one constant-time comparison."
+    text, _ = service.keys.create("ada")
+    calls = []
+    monkeypatch.setattr(auth.hmac, "compare_digest", lambda a, b: calls.append(len(a) == len(b) == 64) or False)
+    for wrong in (f"vg_{'a' * 8}_{'x' * 43}", text[:-1] + "A", "nonsense"):
+        assert service.keys.check(wrong) is None
+    assert calls == [True] * 3
+
+
+# what is in the answers (API3)
+
+def test_answers_hold_no_path_of_this_machine_and_no_owner(service):
+    http, head = client(service), bearer(service)
+    job = http.post("/v1/jobs", json=spec(), headers=head).json()
+    finish(service)
+    texts = [http.get(p, headers=head).text for p in (f"/v1/jobs/{job['id']}", f"/v1/jobs/{job['id']}/artifacts", f"/v1/jobs/{job['id']}/events", "/v1/models", "/health", "/health/ready",
+                                                      f"/status/{job['id']}", f"/api/video/status/{job['id']}", f"/v1/videos/{job['id']}")]
+    texts.append(http.post("/v1/jobs", json=spec(model="cogvideox-5b"), headers=head).text)
+    for text in texts:
+        assert str(service.jobs.root) not in text and str(service.jobs.root.parent) not in text and '"ada"' not in text and str(Path.home()) + "/" not in text and ".cache" not in text
+
+
+def test_what_nobody_knows_is_refused(service):
+    http = client(service)
+    for path, body in (("/v1/jobs", {**spec(), "owner": "eve"}), ("/v1/jobs", spec(owner="eve")), ("/generate", {"prompt": PROMPT, "path": "x"}), ("/v1/videos", {"prompt": PROMPT, "owner": "eve"})):
+        assert http.post(path, json=body).status_code == 422
+
+
+def test_what_nobody_foresaw_tells_only_its_id(service, monkeypatch, caplog):
+    monkeypatch.setattr(service.jobs, "list", lambda *a, **k: 1 / 0)
+    said = client(service).get("/v1/jobs", headers={"X-Request-ID": "req-7"})
+    assert said.status_code == 500 and said.json()["request_id"] == "req-7" and "division" not in said.text and said.headers["content-type"] == "application/problem+json"
+    assert "division" in caplog.text
+
+
+# how much (API4, API6)
+
+@pytest.mark.parametrize(("good", "bad"), [
+    (dict(prompt="a" * 4000), dict(prompt="a" * 4001)), (dict(prompt="é" * 4000), dict(prompt="語" * 4001)), (dict(num_inference_steps=200), dict(num_inference_steps=201)),
+    (dict(seed=2**32 - 1), dict(seed=2**32)), (dict(fps=120), dict(fps=120.5)), (dict(guidance_scale=100), dict(guidance_scale=float("inf"))), (dict(num_frames=49), dict(num_frames=1001)),
+    (dict(prompt=" x"), dict(prompt="   ")), (dict(prompt="x"), dict(prompt="\ud800")), (dict(prompt="x"), dict(prompt="a\0b")), (dict(negative_prompt=""), dict(negative_prompt="a" * 4001)),
+])
+def test_limits_of_a_spec(service, good, bad):
+    http = client(service)
+    dumps = lambda body: {"content": json.dumps(body), "headers": {"Content-Type": "application/json"}}  # noqa: E731
+    assert http.post("/v1/jobs", **dumps({"spec": {"prompt": PROMPT, **good}})).status_code == 202
+    assert http.post("/v1/jobs", **dumps({"spec": {"prompt": PROMPT, **bad}})).status_code == 422
+
+
+def test_a_time_to_live_has_an_upper_bound(service):
+    http = client(service)
+    for wrong in (2592001, 0, -1, "Infinity", 1e300):
+        assert http.post("/v1/jobs", content=json.dumps({**spec(), "expires_in": wrong}).replace('"Infinity"', "Infinity"), headers={"Content-Type": "application/json"}).status_code == 422
+    assert http.post("/v1/jobs", json={**spec(), "expires_in": 2592000}).status_code == 202
+
+
+def test_a_clip_can_be_too_large(tmp_path):
+    service = opened(tmp_path, serve_megapixels=0.105)
+    http = client(service)
+    assert http.post("/v1/jobs", json=spec()).status_code == 202  # 17 x 64 x 96 = 104,448
+    assert http.post("/v1/jobs", json=spec(num_frames=25)).json()["code"] == "too_much"
+    service.jobs.close()
+
+
+def test_a_body_is_capped_before_it_is_parsed(service):
+    http = client(service)
+    body = lambda size: b'{"prompt": "' + b"a" * (size - 14) + b'"}'  # noqa: E731
+    assert http.post("/generate", content=body(10**6), headers={"Content-Type": "application/json"}).status_code == 422  # read, and refused for its prompt
+    assert http.post("/generate", content=body(10**6 + 1), headers={"Content-Type": "application/json"}).status_code == 413
+    stream = http.post("/generate", content=(b" " * 100_000 for _ in range(11)), headers={"Content-Type": "application/json"})  # without a length
+    assert stream.status_code == 413 and stream.json()["code"] == "too_large"
+    assert http.post("/generate", content=b"{}", headers={"Content-Type": "application/json", "Content-Length": "1e3"}).status_code == 413
+
+
+def test_a_body_that_does_not_come_is_not_waited_for(service, monkeypatch):
+    import socket
+
+    defaults = guard.Rules.__init__.__defaults__
+    monkeypatch.setattr(guard.Rules.__init__, "__defaults__", (*defaults[:-2], 0.3, defaults[-1]))  # body_seconds
+    with served(service) as address, socket.create_connection(("127.0.0.1", int(address.rsplit(":", 1)[1]))) as slow:
+        slow.settimeout(10)
+        slow.sendall(b"POST /generate HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\nContent-Length: 100\r\n\r\n{")
+        assert b" 408 " in slow.recv(4096)
+
+
+@pytest.mark.parametrize("body", [b"[" * 100_000, b'{"a":' * 50_000, b"nonsense", b"", b"\xff\xfe", b"[1]", b"null"])
+def test_strange_json_is_refused(service, body):
+    for path in ("/v1/jobs", "/generate", "/v1/videos", "/generate-video"):
+        assert client(service).post(path, content=body, headers={"Content-Type": "application/json"}).status_code in (400, 422)
+
+
+def test_queues_are_limited_per_key_and_for_all(tmp_path):
+    service = opened(tmp_path, serve_queued_per_key=2, serve_queued=3)
+    http, ada, eve = client(service), bearer(service, "ada"), bearer(service, "eve")
+    assert [http.post("/v1/jobs", json=spec(), headers=ada).status_code for _ in range(3)] == [202, 202, 429]
+    assert [http.post("/v1/jobs", json=spec(), headers=eve).status_code for _ in range(2)] == [202, 503]
+    assert int(http.post("/v1/jobs", json=spec(), headers=eve).headers["retry-after"]) > 0
+    service.jobs.close()
+
+
+def test_requests_are_limited_per_key(tmp_path):
+    service = opened(tmp_path, serve_requests_per_minute=3)
+    http, ada, eve = client(service), bearer(service, "ada"), bearer(service, "eve")
+    said = [http.get("/v1/jobs", headers=ada) for _ in range(4)]
+    assert [r.status_code for r in said] == [200, 200, 200, 429] and [r.headers.get("ratelimit-remaining") for r in said[:3]] == ["2", "1", "0"]
+    assert int(said[3].headers["retry-after"]) > 0 and http.get("/v1/jobs", headers=eve).status_code == 200
+    service.jobs.close()
+
+
+def test_a_day_of_computing_is_limited(tmp_path):
+    service = opened(tmp_path, serve_device_seconds_per_day=10)
+    http, ada, eve = client(service), bearer(service, "ada"), bearer(service, "eve")
+    http.post("/v1/jobs", json=spec(), headers=ada)
+    finish(service)
+    assert http.post("/v1/jobs", json=spec(), headers=ada).status_code == 202
+    with service.jobs.writing() as ledger:
+        ledger.run(ledger.t.job.update().where(ledger.t.job.c.state == "succeeded").values(started_at=ledger.now - 11, finished_at=ledger.now))
+    assert http.post("/v1/jobs", json=spec(), headers=ada).json()["code"] == "quota_spent" and http.post("/v1/jobs", json=spec(), headers=eve).status_code == 202
+    service.jobs.close()
+
+
+# from where (API7, API8)
+
+@pytest.mark.parametrize(("head", "status"), [
+    ({}, 200), ({"Origin": "http://localhost"}, 200), ({"Origin": "http://evil.example"}, 403), ({"Origin": "null"}, 403), ({"Origin": "http://localhost:9000"}, 403),
+    ({"Sec-Fetch-Site": "cross-site"}, 403), ({"Sec-Fetch-Site": "same-origin"}, 200), ({"Host": "evil.example"}, 421), ({"Host": "evil.example:8000"}, 421), ({"Host": "127.0.0.1.evil.example"}, 421),
+    ({"Host": "127.0.0.1:8000"}, 200), ({"Host": "[::1]:8000"}, 200), ({"Host": ""}, 421), ({"Content-Type": "text/plain", "Origin": "http://evil.example"}, 403)])
+def test_foreign_pages_reach_nothing_on_a_keyless_service(service, head, status):
+    assert client(service).post("/generate", json={"prompt": PROMPT}, headers=head).status_code == status
+
+
+def test_names_and_pages_can_be_allowed(tmp_path):
+    service = opened(tmp_path, serve_hosts="clips.example.org", serve_origins="https://lab.example.org")
+    http = client(service)
+    assert http.get("/v1/jobs", headers={"Host": "clips.example.org"}).status_code == 200
+    allowed = http.post("/generate", json={"prompt": PROMPT}, headers={"Origin": "https://lab.example.org"})
+    assert allowed.status_code == 200 and allowed.headers["access-control-allow-origin"] == "https://lab.example.org" and "access-control-allow-credentials" not in allowed.headers
+    assert http.post("/generate", json={"prompt": PROMPT}, headers={"Origin": "https://evil.example"}).status_code == 403
+    service.jobs.close()
+
+
+def test_no_cors_by_default_and_careful_headers(service):
+    http = client(service)
+    said = http.get("/v1/jobs", headers={"Origin": "http://evil.example"})
+    assert "access-control-allow-origin" not in said.headers
+    assert said.headers["x-content-type-options"] == "nosniff" and "default-src 'self'" in said.headers["content-security-policy"] and said.headers["x-frame-options"] == "DENY"
+    assert http.options("/v1/jobs", headers={"Origin": "http://evil.example", "Access-Control-Request-Method": "POST"}).status_code == 405
+
+
+INSIDE = ["127.0.0.1", "::1", "::ffff:127.0.0.1", "169.254.169.254", "10.1.2.3", "172.16.0.1", "192.168.0.1", "100.64.0.1", "0.0.0.0", "fe80::1", "fd00::1", "64:ff9b::a9fe:a9fe", "2002:7f00:1::", "224.0.0.1", "::"]
+
+
+@pytest.mark.parametrize("address", INSIDE)
+def test_no_name_leads_inside(address):
+    answer = lambda *found: lambda host, port, **kind: [(0, 0, 0, "", (a, port)) for a in found]  # noqa: E731
+    for found in ([address], ["93.184.215.14", address]):
+        with pytest.raises(Problem) as err:
+            guard.public_address("pictures.example", answer(*found))
+        assert err.value.status == 422
+    assert guard.public_address("pictures.example", answer("93.184.215.14")) == "93.184.215.14"
+
+
+def test_a_name_is_looked_up_once_and_each_hop_anew():
+    import httpx
+
+    looked, called = [], []
+
+    def rebinding(host, port, **kind):
+        looked.append(host)
+        return [(0, 0, 0, "", ("93.184.215.14" if len(looked) == 1 else "127.0.0.1", port))]
+
+    def web(request):
+        called.append(request.url.host)
+        return httpx.Response(200 if request.url.path == "/a" else 302, headers={"location": "/a"}, stream=httpx.ByteStream(b"x"))
+
+    fetch = lambda url: guard.fetch(url, ["pictures.example"], resolve=rebinding, transport=httpx.MockTransport(web))  # noqa: E731
+    assert fetch("https://pictures.example/a") == b"x" and looked == ["pictures.example"] and called == ["93.184.215.14"]
+    looked.clear()
+    with pytest.raises(Problem, match="not a public address"):
+        fetch("https://pictures.example/moved")
+    assert called == ["93.184.215.14"] * 2
+
+
+@pytest.mark.parametrize("url", ["http://pictures.example/", "https://pictures.example:444/", "https://127.0.0.1/", "https://0x7f000001/", "https://2130706433/", "https://user@pictures.example/",
+                                 "https://pictures.example.evil.example/", "ftp://pictures.example/", "file:///etc/passwd", "https://[::1]/", "//pictures.example/", "https://", "https://pictures.example:x/"])
+def test_urls_that_are_not_called(url):
+    with pytest.raises(Problem):
+        guard.permitted(url, ["pictures.example"])
+
+
+# what is in it
+
+def image(kind="PNG", size=(64, 48), **how):
+    from PIL import Image
+
+    out = io.BytesIO()
+    Image.new("RGB", size, "red").save(out, kind, **how)
+    return out.getvalue()
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
+def test_pictures_are_drawn_anew(kind):
+    from PIL import Image
+
+    exif = Image.Exif()
+    exif[0x010F] = "a camera"
+    clean = guard.redraw(image(kind, exif=exif) + b"<script>alert(1)</script>")
+    with Image.open(io.BytesIO(clean)) as found:
+        assert found.format == "PNG" and found.size == (64, 48) and not found.getexif() and not found.info
+    assert b"script" not in clean and b"camera" not in clean
+
+
+@pytest.mark.parametrize("data", [b"", b"GIF89a" + bytes(100), b"%PDF-1.7", b"\x89PNG\r\n\x1a\n" + bytes(50), b"<svg xmlns='http://www.w3.org/2000/svg'/>", b"\xff\xd8\xff\xe0" + bytes(1000), image()[:100]])
+def test_what_is_no_picture_is_refused(service, data):
+    assert client(service).post("/v1/uploads", files={"image": ("a.png", data, "image/png")}).status_code == 422
+
+
+def test_bombs_are_refused_by_their_header():
+    import struct
+    import zlib
+
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+    for side in (7000, 20000, 60000):  # 49, 400 and 3,600 million pixels
+        bomb = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+        with warnings.catch_warnings(), pytest.raises(Problem) as err:
+            warnings.simplefilter("ignore")
+            guard.redraw(bomb)
+        assert err.value.status == 413
+
+
+def test_a_clients_file_name_is_no_path(service):
+    http = client(service)
+    for name in ("../../../etc/passwd", "/etc/passwd", "a\\..\\b.png", "x" * 300):
+        kept = http.post("/v1/uploads", files={"image": (name, image(), "image/png")})
+        assert kept.status_code == 201
+        path = service.jobs.kept(kept.json()["id"]).path
+        assert path.parent == service.jobs.root / "uploads" and path.name == kept.json()["id"] + ".png"
+
+
+@pytest.mark.parametrize("name", ["..%2f..%2fvidgen.db", "%2e%2e", "video.mp4%00", "%2fetc%2fpasswd", "settings.ini", "..\\vidgen.db"])
+def test_only_files_with_a_row_are_served(service, name):
+    http = client(service)
+    job = http.post("/v1/jobs", json=spec()).json()["id"]
+    finish(service)
+    for path in (f"/v1/jobs/{job}/artifacts/{name}", f"/artifacts/{name}", f"/static/{name}", f"/api/videos/{name}", f"/static/videos/{name}/video.mp4"):
+        assert http.get(path).status_code in (400, 404), path
+
+
+@pytest.mark.parametrize("name", ["a%0Ab", "%0D%0AX-Evil:1", "%7F", "%E2%80%AE", "a" * 2000])
+def test_strange_names_are_merely_not_there(service, name):
+    http = client(service)
+    for path in (f"/v1/jobs/{name}", f"/v1/videos/{name}", f"/artifacts/{name}", f"/v1/batches/{name}/zip", f"/{name}"):
+        assert http.get(path).status_code == 404, path
+
+
+def test_a_link_in_place_of_a_file_is_not_followed(service, tmp_path):
+    http = client(service)
+    job = http.post("/v1/jobs", json=spec()).json()["id"]
+    finish(service)
+    path = service.jobs.artifacts(job)[0].path
+    path.unlink()
+    path.symlink_to(tmp_path / "settings.ini")
+    assert http.get(f"/video/{job}").status_code == 404
+
+
+def test_models_are_names_and_no_paths(service):
+    http = client(service)
+    for model in ("/etc", "../weights", "someone/on-a-hub", str(service.jobs.root), "shapes-t2v/../shapes-t2v"):
+        assert http.post("/v1/jobs", json=spec(model=model)).json()["code"] == "unknown_model"
