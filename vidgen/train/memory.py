@@ -131,5 +131,4 @@ def measured(
             slope(state, lambda _, i=i: learner(batch, torch.Generator().manual_seed(i)))
             update(state)
         found = held(parts, state)
-        del learner, state, batch, parts
     return found | {"activations and gradients": seen.peak - sum(found.values())}
