@@ -416,8 +416,8 @@ def test_sweep_passes_pairs_on(vidgen, monkeypatch, words, given, over):
 
     seen = {}
     monkeypatch.setattr(sweeps, "command", lambda experiment, given, **more: seen.update(experiment=experiment, given=given, **more) or 7)
-    status, _, err = vidgen("sweep", "001", *words, "--preset", "smoke", "--force")
-    assert status == 7 and seen == dict(experiment="001", given=given, over=over, preset="smoke", force=True, sweep=False), err
+    status, _, err = vidgen("sweep", "001", *words, "--preset", "smoke", "--force", "--show", "loss", "-o", "table.json")
+    assert status == 7 and seen == dict(experiment="001", given=given, over=over, preset="smoke", force=True, sweep=False, show=["loss"], out="table.json"), err
 
 
 def test_a_pair_without_its_value(vidgen):

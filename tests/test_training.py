@@ -206,6 +206,22 @@ def test_checkpointing_changes_no_gradient(how):
     assert all(torch.allclose(a, b, atol=1e-7) for a, b in zip(*grads))
 
 
+def test_checkpointing_computes_attention_again_in_its_own_precision():
+    "On a CPU attention stays in float32 inside bfloat16, on the way back too."
+    from vidgen.train.trainer import arithmetic
+
+    grads = []
+    for kind in ("none", "full"):
+        parts, z, noise, text = case("cogvideox", 1)
+        mine = lora.add(parts, rank=2, seed=1)
+        lora.checkpoint(parts, kind)
+        with arithmetic("cpu", "bf16"):
+            loss = ob.losses(parts, ob.objective(parts), z, text, generators=seeds(1)).mean()
+        loss.backward()
+        grads.append([p.grad for p in mine])
+    assert all(torch.equal(a, b) for a, b in zip(*grads))
+
+
 def random_adapter(of="cogvideox", alpha=4.0, rank=2, seed=0):
     gen = generator(family(of).tiny())
     g = torch.Generator().manual_seed(seed)

@@ -152,22 +152,30 @@ class Optimizer:
     scratch: float        # while it steps
     keeps_gradients: bool
     words: str
+    largest: float = 0.0  # while it steps, in bytes per byte of the largest matrix that learns
+
+    def extra(self, mine: float, largest: float, gpu: bool) -> float:
+        "What it takes while it steps, beside states and gradients; bitsandbytes has a kernel on a GPU alone, and works in copies on a CPU."
+        return self.scratch * mine + (0.0 if gpu and self is OPTIMIZERS["adamw-8bit"] else self.largest * largest)
 
 
 OPTIMIZERS = {
-    "adamw": Optimizer(2.0, 1.0, True, "AdamW with two states per value, in the precision of what learns"),
-    "adamw-fused": Optimizer(2.0, 0.0, True, "AdamW in one kernel, two states per value"),
-    "adamw-8bit": Optimizer(0.5, 0.0, True, "AdamW with two states per value in 8 bits each"),
+    "adamw": Optimizer(2.0, 0.0, True, "AdamW in one kernel, as vidgen's loop runs it, with two states per value, in the precision of what learns"),
+    "adamw-foreach": Optimizer(2.0, 1.0, True, "AdamW over lists of tensors, as torch runs it unless told otherwise, two states per value"),
+    "adamw-8bit": Optimizer(0.5, 0.0, True, "AdamW with two states per value in 8 bits each", largest=5.0),
+    "adamw-host": Optimizer(0.0, 0.0, True, "AdamW on the host, which fetches all gradients at the end of a step: vidgen's offload: optimizer"),
     "adamw-offload": Optimizer(0.0, 0.0, False, "AdamW on the host, which takes each gradient as it is made"),
-    "muon": Optimizer(1.0, 1.0, True, "Muon, one state per value"),
+    "muon": Optimizer(1.0, 0.0, True, "Muon, one state per value, one matrix after the other", largest=2.5),
 }
 SCRATCH = 1.08  # what kernels take for themselves beside the tensors that are counted; from the published rows below
 PREPARING = {"apart": "latents and embeddings were made before, elsewhere", "first": "latents and embeddings are made on the same device first",
-             "along": "the encoders stay on the device while the model learns"}
+             "along": "the encoders stay on the device while the model learns, as in vidgen's runs"}
 
 
-def _learning(model: str, parts, plan: Plan, size: tuple, how, optimizer: str, encoders: str) -> Plan:
+def _learning(model: str, parts, plan: Plan, size: tuple, how, optimizer: str, encoders: str, ema: bool) -> Plan:
     "The plan with memory, arithmetic and words for a training step."
+    from vidgen.models.family import dtype
+    from vidgen.models.published import sizes
     from vidgen.models.walk import learning
 
     for kind, word, right in (("optimizer", optimizer, OPTIMIZERS), ("encoders", encoders, PREPARING)):
@@ -179,15 +187,16 @@ def _learning(model: str, parts, plan: Plan, size: tuple, how, optimizer: str, e
     weights = _weights_by_part(parts, plan)
     if how.task == "full":
         weights["transformer"] = learns / GIB
+    largest = sizes(parts)["transformer"].layer * dtype(how.trained).itemsize / GIB if how.task == "full" else 0.0
     mine, beside, tide = learns / GIB, weights["autoencoder"] + weights[ENCODERS], SCRATCH * walk.peak_bytes / GIB
-    adapters = mine if how.task == "lora" else 0.0
-    fixed = weights["transformer"] + adapters + rule.states * mine + (beside if encoders == "along" else 0.0)
+    adapters, average = mine if how.task == "lora" else 0.0, mine if ema else 0.0
+    fixed = weights["transformer"] + adapters + average + rule.states * mine + (beside if encoders == "along" else 0.0)
     moments = {"loading": weights["transformer"] + adapters + (beside if encoders != "apart" else 0.0), "going forth and back": fixed + tide,
-               "the optimizer steps": fixed + (1 + rule.scratch) * mine if rule.keeps_gradients else 0.0}
+               "the optimizer steps": fixed + mine + rule.extra(mine, largest, _gpu(plan.device)) if rule.keeps_gradients else 0.0}
     worst = max(moments, key=moments.get)
-    memory = {"transformer": weights["transformer"], **({"adapters": adapters} if adapters else {}), "optimizer": rule.states * mine, "activations and gradients": tide,
+    memory = {"transformer": weights["transformer"], **({"adapters": adapters} if adapters else {}), "optimizer": rule.states * mine, **({"average": average} if ema else {}), "activations and gradients": tide,
               **({"encoders and autoencoder": beside} if encoders != "apart" else {})}
-    words = (f"{values / 1e6:.4g} million values learn in {how.trained}" + (f", rank {how.rank}" if adapters else "") + (", mixed precision" if how.autocast else ""),
+    words = (f"{values / 1e6:.4g} million values learn in {how.trained}" + (f", rank {how.rank}" if adapters else "") + (", mixed precision" if how.autocast else "") + (", and are averaged" if ema else ""),
              f"{'gradient checkpointing: every block is computed twice' if how.gradient_checkpointing else 'all activations are kept'}; {rule.words}; {PREPARING[encoders]}",
              f"a step is forth and back: {walk.flops:.2e} operations; the most memory is needed while {worst}")
     return replace(plan, weight_gib=weights["transformer"], clip_gib=moments[worst] - weights["transformer"], memory=memory, flops=walk.flops, words=words)
@@ -242,7 +251,7 @@ def _check(task: str, batch: int, how: dict, tuned: dict) -> None:
         raise unknown("option of estimate", strange[0], [*HOW, "precision", "num_frames", "num_inference_steps", "batch", "device", "free_gib", "rank", "optimizer"])
     idle = [*how, *(word for word, value in tuned.items() if value is not None)]
     if task != "generate" and idle:
-        raise ValueError(f"{idle[0]} is a way to generate; a training step is described by rank, trained, autocast, gradient_checkpointing, optimizer and encoders")
+        raise ValueError(f"{idle[0]} is a way to generate; a training step is described by rank, trained, autocast, gradient_checkpointing, optimizer, encoders and ema")
 
 
 def _asked(model, precision: str, **given) -> tuple:
@@ -322,12 +331,13 @@ def estimate(
     batch: int = 1,                          # clips together
     device: str = "auto",                    # cpu, cuda, or a card by name: h200, a100-80gb, rtx-4090, …
     free_gib: float | None = None,           # memory to fit into; default: what is free, or what the card has
-    rank: int = 64,                          # these six are for training: of adapters
+    rank: int = 64,                          # these seven are for training: of adapters
     trained: str = "fp32",                   # precision of what learns
     autocast: bool = True,                   # mixed precision
     gradient_checkpointing: bool = True,
     optimizer: str = "adamw",                # one of OPTIMIZERS
-    encoders: str = "apart",                 # where latents and embeddings of the data come from, one of PREPARING
+    encoders: str = "along",                 # where latents and embeddings of the data come from, one of PREPARING
+    ema: bool = True,                        # an average of what learns is kept, as vidgen's loop does
     **how,                                   # offload, tiling, cache, …: the fields of `Plan` that say how
 ) -> Plan:
     "What a run needs, from configurations alone: memory by part, operations, seconds, in words what is assumed. ValueError for what the model or a plan can't be."
@@ -343,7 +353,7 @@ def estimate(
         _check_split(plan, str(model), parts, size, scale)
         return _timed(_generating(str(model), entry, parts, plan, size, steps, scale), str(model), parts, size, steps)
     training = Training(task, rank, trained, parts.precision, autocast, gradient_checkpointing)
-    return _timed(_learning(str(model), parts, plan, size, training, optimizer, encoders), str(model), parts, size, 1)
+    return _timed(_learning(str(model), parts, plan, size, training, optimizer, encoders, ema), str(model), parts, size, 1)
 
 # %% ../../nbs/20_models/29_estimate.ipynb #5a2d72c9
 ROOM = 0.92  # share of the free memory that a plan may fill; the rest is what an allocator wastes

@@ -87,8 +87,9 @@ def estimate(
     cfg: Annotated[int | None, typer.Option(help="… by guided and unguided pass: 2.", show_default=False)] = None,
     rank: Annotated[int, typer.Option(help="Training: rank of the adapters.")] = 64,
     trained: Annotated[str, typer.Option(help="Training: precision of what learns.")] = "fp32",
-    optimizer: Annotated[str, typer.Option(help="Training: adamw, adamw-fused, adamw-8bit, adamw-offload, muon.")] = "adamw",
-    encoders: Annotated[str, typer.Option(help="Training: data prepared apart, first (on the same device) or along (encoders stay).")] = "apart",
+    optimizer: Annotated[str, typer.Option(help="Training: adamw, adamw-foreach, adamw-8bit, adamw-host, adamw-offload, muon.")] = "adamw",
+    encoders: Annotated[str, typer.Option(help="Training: data prepared apart, first (on the same device) or along (encoders stay, as in vidgen train).")] = "along",
+    ema: Annotated[bool, typer.Option("--ema/--no-ema", help="Training: an average of what learns is kept, as vidgen train does.")] = True,
     checkpointing: Annotated[bool, typer.Option("--checkpointing/--no-checkpointing", help="Training: gradient checkpointing.")] = True,
     as_json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False,
 ) -> None:
@@ -97,7 +98,7 @@ def estimate(
 
     how = dict(offload=offload, tiling=tiling, storage=storage, cache=cache, gate=gate, quantise=quantise, attention=attention, compile=compile or None, ulysses=ulysses, ring=ring, cfg=cfg)
     how = {k: v for k, v in how.items() if v is not None}
-    training = dict(rank=rank, trained=trained, optimizer=optimizer, encoders=encoders, gradient_checkpointing=checkpointing)
+    training = dict(rank=rank, trained=trained, optimizer=optimizer, encoders=encoders, ema=ema, gradient_checkpointing=checkpointing)
     with bar() as show:
         show(Progress("walk", 0, 0))
         try:

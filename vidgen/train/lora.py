@@ -6,7 +6,10 @@
 __all__ = ['linear_layers', 'endings', 'wrapped', 'add', 'trainable', 'learn_all', 'blocks', 'checkpoint']
 
 # %% ../../nbs/50_train/52_lora.ipynb #f0ae2827
+from collections.abc import Callable
+from contextlib import nullcontext
 from fnmatch import fnmatch
+from functools import partial
 
 import torch
 from torch import nn
@@ -101,15 +104,24 @@ def blocks(parts: Parts) -> list[nn.Module]:
     return [block for attribute in parts.family.caching.blocks for block in getattr(parts.transformer, attribute)]
 
 
-def checkpoint(parts: Parts, how: str = "full") -> int:
-    "Switch checkpointing of the transformer's blocks: none, full, or selective (every other block); returns how many blocks compute twice."
+def _twice(plain: Callable, *given, **named):
+    "A block that keeps nothing for the way back and is computed again there, its attention in the precision it had."
     from torch.utils.checkpoint import checkpoint as again
 
+    from vidgen.world.shapes import FloatAttention
+
+    if not torch.is_grad_enabled():
+        return plain(*given, **named)
+    floats = torch.is_autocast_enabled("cpu")
+    return again(plain, *given, use_reentrant=False, context_fn=lambda: (nullcontext(), FloatAttention() if floats else nullcontext()), **named)
+
+
+def checkpoint(parts: Parts, how: str = "full") -> int:
+    "Switch checkpointing of the transformer's blocks: none, full, or selective (every other block); returns how many blocks compute twice."
     every = blocks(parts)
     chosen = {"none": [], "full": every, "selective": every[1::2]}[how]
     for block in every:
         block.__dict__.pop("forward", None)
     for block in chosen:
-        plain = block.forward
-        block.forward = lambda *given, plain=plain, **named: again(plain, *given, use_reentrant=False, **named) if torch.is_grad_enabled() else plain(*given, **named)
+        block.forward = partial(_twice, block.forward)
     return len(chosen)
