@@ -520,7 +520,7 @@ def test_attention_is_in_float32_inside_bf16_on_a_cpu(tmp_path, monkeypatch):
                 seen.extend(t.dtype for t in (*args, *kwargs.values()) if isinstance(t, torch.Tensor))
             return func(*args, **kwargs or {})
     with Watch():
-        trainer.Learner(gen.parts, ob.objective(gen.parts), half=True)(trainer.Feed(Recipe(**TINY), data).batch_at(0), torch.Generator().manual_seed(0))
+        trainer.Learner(gen.parts, ob.objective(gen.parts), precision="bf16")(trainer.Feed(Recipe(**TINY), data).batch_at(0), torch.Generator().manual_seed(0))
     assert len(seen) >= 12 and set(seen) == {torch.float32}
 
 
