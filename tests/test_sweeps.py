@@ -15,7 +15,7 @@ from vidgen import space, sweeps
 from vidgen.errors import Canceled
 from vidgen.progress import Cancel
 from vidgen.runs import Run, find
-from vidgen.space import Plan, Range
+from vidgen.space import Sweep, Range
 from vidgen.sweeps import Failed, check, command, from_text, grid, parameters, run
 
 PARAMETERS = 'run_dir = ""  # the run\'s folder\nsteps = 2  # how many\nrate = 0.5  # how fast\n'
@@ -375,8 +375,8 @@ def test_a_file_with_ranges_seeds_and_a_preset(make, tmp_path, capsys):
 
 
 def test_points_cover_a_space_and_a_longer_sweep_repeats_nothing():
-    plan = Plan({"a": Range(0, 1), "b": Range(1e-4, 1, log=True), "c": ["x", "y"]}, draws=16)
-    found = [p for p in plan.points() if p["c"] == "x"]
+    sweep = Sweep({"a": Range(0, 1), "b": Range(1e-4, 1, log=True), "c": ["x", "y"]}, draws=16)
+    found = [p for p in sweep.points() if p["c"] == "x"]
     assert len(found) == 16 and {int(p["a"] * 4) for p in found} == {0, 1, 2, 3} and min(p["b"] for p in found) < 1e-3 < 1e-1 < max(p["b"] for p in found)
     assert space.points({"a": Range(0, 1), "b": Range(1, 2)}, draws=4) == space.points({"a": Range(0, 1), "b": Range(1, 2)}, draws=9)[:4]
 

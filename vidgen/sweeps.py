@@ -30,7 +30,7 @@ from typing import NamedTuple
 from .errors import Canceled, need, unknown
 from .progress import Cancel, Progress, ProgressFn, bar
 from .runs import Run, find, project_root, root
-from .space import Plan, Range, as_csv, name_of, number, read, shown, table, values
+from .space import Sweep, Range, as_csv, name_of, number, read, shown, table, values
 from .store import atomic_write
 
 # %% ../nbs/03_sweeps.ipynb #171ffdfd
@@ -436,13 +436,13 @@ def _write_table(folder: Path, facts: dict) -> None:
         atomic_write(folder / name, text)
 
 # %% ../nbs/03_sweeps.ipynb #03f53f2d
-def _settings(path: Path, plan: Plan, preset: str | None) -> list[dict]:
-    "Every setting of a plan, checked, numbers that were given as text as numbers."
+def _settings(path: Path, asked: Sweep, preset: str | None) -> list[dict]:
+    "Every setting of a sweep, checked, numbers that were given as text as numbers."
     known = parameters(path)
-    kinds = {name: known[name].type.removesuffix(" | None") for name in plan.space if name in known}
-    if wrong := [n for n, v in plan.space.items() if isinstance(v, Range) and kinds.get(n, "int") not in ("int", "float")]:
+    kinds = {name: known[name].type.removesuffix(" | None") for name in asked.space if name in known}
+    if wrong := [n for n, v in asked.space.items() if isinstance(v, Range) and kinds.get(n, "int") not in ("int", "float")]:
         raise TypeError(f"{wrong[0]} of {_name(path)} is {kinds[wrong[0]]}, and a range is of numbers; give a list")
-    settings = plan.points(whole=[n for n, kind in kinds.items() if kind == "int"])
+    settings = asked.points(whole=[n for n, kind in kinds.items() if kind == "int"])
     settings = [{n: number(v) if kinds.get(n) == "float" else v for n, v in setting.items()} for setting in settings]
     for setting in settings:
         check(path, preset=preset, **setting)
@@ -460,14 +460,14 @@ def grid(
 ) -> list[Run]:
     "One run per combination, failed ones included: look at each `status`; `tabled` has them as a table. Errors: as `check`, before anything starts; Canceled; ValueError for sweep.yaml."
     path = notebook(experiment)
-    plan = Plan({n: v if isinstance(v, Range) else values(n, v if isinstance(v, (list, tuple)) else [v]) for n, v in lists.items()}) if lists else read(path.parent / "sweep.yaml")
-    return _grid(path, plan, preset=preset, force=force, progress=progress, cancel=cancel)[0]
+    asked = Sweep({n: v if isinstance(v, Range) else values(n, v if isinstance(v, (list, tuple)) else [v]) for n, v in lists.items()}) if lists else read(path.parent / "sweep.yaml")
+    return _grid(path, asked, preset=preset, force=force, progress=progress, cancel=cancel)[0]
 
 
-def _grid(path: Path, plan: Plan, *, preset: str | None, **options) -> tuple[list[Run], Path]:
+def _grid(path: Path, asked: Sweep, *, preset: str | None, **options) -> tuple[list[Run], Path]:
     "(runs, folder of the table, which is written anew after each of them)."
-    preset = preset or plan.preset
-    settings, runs = _settings(path, plan, preset), []
+    preset = preset or asked.preset
+    settings, runs = _settings(path, asked, preset), []
     folder = root() / name_of(_name(path), settings, preset)
     for setting in settings:
         try:
@@ -484,9 +484,9 @@ def _from_shell(path: Path, given: Sequence, over: Sequence, sweep: bool, preset
     if not over and not sweep:
         return [run(path, preset=preset, force=force, **fixed)], None
     lists = {name: [from_text(path, **{name: text.strip()})[name] for text in texts.split(",")] for name, texts in over}
-    plan = read(path.parent / "sweep.yaml") if sweep else Plan({})
-    plan = Plan(plan.space | {name: [value] for name, value in fixed.items()} | lists, plan.preset, plan.draws)
-    return _grid(path, plan, preset=preset, force=force, progress=None, cancel=None)
+    asked = read(path.parent / "sweep.yaml") if sweep else Sweep({})
+    asked = Sweep(asked.space | {name: [value] for name, value in fixed.items()} | lists, asked.preset, asked.draws)
+    return _grid(path, asked, preset=preset, force=force, progress=None, cancel=None)
 
 
 def _said(runs: list[Run], folder: Path | None, start: float, wanted: Sequence[str]) -> None:

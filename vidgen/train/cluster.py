@@ -11,8 +11,7 @@ import os
 import platform
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 from .. import runs
@@ -21,8 +20,7 @@ from ..progress import Cancel, Progress, ProgressFn, bar
 from .config import Recipe, recipe
 
 # %% ../../nbs/50_train/58_cluster.ipynb #3e1c3522
-_CALM = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_TRAIN_V2_ENABLED": "1", "RAY_AIR_NEW_OUTPUT": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0", "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "600",
-         "RAY_agent_register_timeout_ms": "300000"}
+_CALM = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_TRAIN_V2_ENABLED": "1", "RAY_AIR_NEW_OUTPUT": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0", "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "600"}
 
 
 def connect(
@@ -47,39 +45,14 @@ def connect(
     return ray
 
 
-@contextmanager
-def _patience(services, seconds: float) -> Iterator[None]:
-    "Ray gives a node of its own half a minute to start, and no setting for it; a machine that is busy with other things needs longer."
-    plain = services.get_node
-
-    def get_node(*args, **kwargs):
-        until = time.monotonic() + seconds
-        while True:
-            try:
-                return plain(*args, **kwargs)
-            except RuntimeError:
-                if time.monotonic() > until:
-                    raise
-                time.sleep(0.5)
-
-    services.get_node = get_node
-    try:
-        yield
-    finally:
-        services.get_node = plain
-
-
 def _started(ray, cpus: int, **how):
-    "A cluster of this machine; once more if a part of it was too slow, for its files are in memory by then."
-    for tries in range(3):
-        try:
-            with _patience(ray._private.services, 60.0):
-                ray.init(address="local", num_cpus=max(cpus, os.cpu_count() or 1), object_store_memory=200 * 2**20, include_dashboard=False, **how)
-            return ray
-        except Exception as err:
-            ray.shutdown()
-            if "timed out" not in str(err) or tries == 2:
-                raise RuntimeError(f"Ray doesn't start on this machine: {str(err).strip()}") from err
+    "A cluster of this machine."
+    try:
+        ray.init(address="local", num_cpus=max(cpus, os.cpu_count() or 1), object_store_memory=200 * 2**20, include_dashboard=False, **how)
+    except Exception as err:
+        ray.shutdown()
+        raise RuntimeError(f"Ray doesn't start on this machine: {str(err).strip()}. It gives its own parts half a minute: try again when less is running, or start one with `ray start --head` and give --ray-address auto") from err
+    return ray
 
 # %% ../../nbs/50_train/58_cluster.ipynb #4a5490af
 STOP, BROKEN, WORKERS = "stop", "broken.json", "workers.jsonl"
