@@ -158,7 +158,7 @@ def test_searches_that_are_refused(tmp_path, facts, says):
 def test_a_search_reads_its_file_and_what_wins_over_it(tmp_path):
     found = tune.read_search(search_file(tmp_path, space={"lr": [1e-3, 2e-3], "rank": {"low": 2, "high": 8}}, set={"steps": 8}), {"batch": 3})
     assert found.recipe.steps == 8 and found.recipe.batch == 3 and found.milestone == 3 and found.space["rank"] == Range(2, 8)
-    with pytest.raises(FileNotFoundError, match="a search is a YAML file"):
+    with pytest.raises(FileNotFoundError, match="there is no search .*none.yaml: it is a YAML file of `recipe:`, `space:`"):
         tune.read_search(tmp_path / "none.yaml")
 
 

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from ..errors import unknown
+from ..space import mapping
 
 # %% ../../nbs/50_train/53_config.ipynb #1557f43d
 CHOICES = {
@@ -152,18 +153,7 @@ def read_recipe(
     given: Mapping | None = None,  # values that win over the file's
 ) -> Recipe:
     "The recipe in a file. Errors: FileNotFoundError; ValueError, TypeError that name the file."
-    import yaml
-
-    path = Path(path).expanduser()
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no recipe {path}; it is a YAML file of `name: value` lines")
-    try:
-        facts = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as err:
-        raise ValueError(f"{path} can't be read as YAML: {err}") from err
-    if not isinstance(facts, dict):
-        raise ValueError(f"{path} must hold `name: value` lines, not a {type(facts).__name__}")
-    return recipe(facts | dict(given or {}), str(path))
+    return recipe(mapping(path, "recipe") | dict(given or {}), str(path))
 
 
 def assignments(words: list[str]) -> dict:
