@@ -283,21 +283,35 @@ def redealt(r: Recipe, folder: Path, processes: int) -> Recipe:
     return replace(r, batch=clips // processes)
 
 # %% ../../nbs/50_train/55_trainer.ipynb #b6706ee7
+def _late(step: int, at, names) -> bool:
+    "Was a line logged beyond the step, or at the end?"
+    return bool(at not in ("", None) and float(at) > step or any(n.startswith("after/") for n in names))
+
+
+def _note_told(folder: Path, step: int, cut: list[dict]) -> None:
+    "Note the names of lines that are cut, and of films beyond the step."
+    films = [p.stem for p in sorted(folder.glob("samples/*.mp4")) if p.stem.startswith("after-") or p.stem[:4] == "step" and int(p.stem[4:10]) > step]
+    said = [{"step": row.get("step"), "names": list(row)} for row in cut] + [{"step": None, "names": films}] * bool(films)
+    if said:
+        with (folder / runs.TOLD).open("a") as out:
+            out.writelines(f"{json.dumps(line)}\n" for line in said)
+
+
 def forget_after(folder: Path, step: int) -> None:
-    "Cut from metrics.jsonl and metrics.csv of a run what lies beyond a step, or was said at the end."
+    "Cut from metrics.jsonl and metrics.csv of a run what lies beyond a step, or was said at the end; `runs.told` has what was cut."
     import csv
     import io
 
     from vidgen.store import atomic_write
 
     rows, table = folder / "metrics.jsonl", folder / "metrics.csv"
-    late = lambda at, names: bool(at not in ("", None) and float(at) > step or any(n.startswith("after/") for n in names))  # noqa: E731
     if rows.exists():
-        lines = [line for line in rows.read_text().split("\n")[:-1] if not late((found := json.loads(line)).get("step"), found)]
-        atomic_write(rows, "".join(f"{line}\n" for line in lines))
+        lines = [(line, json.loads(line)) for line in rows.read_text().split("\n")[:-1]]
+        _note_told(folder, step, [row for _, row in lines if _late(step, row.get("step"), row)])
+        atomic_write(rows, "".join(f"{line}\n" for line, row in lines if not _late(step, row.get("step"), row)))
     if table.exists():
         head, *found = list(csv.reader(io.StringIO(table.read_text()))) or [[]]
-        kept = [row for row in found if len(row) == len(head) and not late(row[head.index("step")], [n for n, value in zip(head, row, strict=True) if value])]
+        kept = [row for row in found if len(row) == len(head) and not _late(step, row[head.index("step")], [n for n, value in zip(head, row, strict=True) if value])]
         csv.writer(out := io.StringIO(), lineterminator="\n").writerows([head, *kept])
         atomic_write(table, out.getvalue())
 
