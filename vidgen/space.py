@@ -128,8 +128,11 @@ class Sweep:
 
 
 def read(path: Path | str) -> Sweep:
-    "A sweep's file. Errors: those of `mapping`; ValueError that names the file."
-    facts = mapping(path, "sweep", "`name: [values]` lines")
+    "A sweep's file. Errors: ValueError that names the file, and says what to write where there is none."
+    try:
+        facts = mapping(path, "sweep", "`name: [values]` lines")
+    except FileNotFoundError as err:
+        raise ValueError(f"nothing to vary: {err}") from None
     preset, draws = facts.pop("preset", None), facts.pop("draws", 8)
     if type(draws) is not int or draws < 1 or not isinstance(preset, (str, type(None))):
         raise ValueError(f"{path}: draws is a whole number from 1, preset the name of one; not {draws!r}, {preset!r}")

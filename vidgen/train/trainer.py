@@ -28,7 +28,9 @@ from ..data.encode import encode
 from ..data.loader import Batch, Loader
 from ..data.manifest import Manifest, split
 from ..data.sources import open_manifest
+from ..errors import unknown
 from ..progress import Cancel, ProgressFn, bar
+from ..store import atomic_write, open_store
 from . import lora
 from .adapters import Adapter, base_hash, save_adapter
 from .config import Recipe, differences, recipe
@@ -302,8 +304,6 @@ def forget_after(folder: Path, step: int) -> None:
     import csv
     import io
 
-    from vidgen.store import atomic_write
-
     rows, table = folder / "metrics.jsonl", folder / "metrics.csv"
     if rows.exists():
         lines = [(line, json.loads(line)) for line in rows.read_text().split("\n")[:-1]]
@@ -395,8 +395,6 @@ def _judged(it: Training, when: str) -> dict:
 
 
 def _write(path: Path, facts: dict) -> None:
-    from vidgen.store import atomic_write
-
     atomic_write(path, json.dumps(facts, indent=1))
 
 
@@ -439,8 +437,12 @@ def _whole(it: Training, folder: Path, facts: dict) -> None:
 
 # %% ../../nbs/50_train/55_trainer.ipynb #a08e1b29
 def listeners(r: Recipe) -> list | None:
-    "Who is told of a run: the recipe's trackers, or else those of the settings, and its store."
+    "Who is told of a run: the recipe's trackers, or else those of the settings, and its store. ValueError for one that is none; ImportError that names the extra for a store."
     kinds = [t.strip() for t in (r.trackers or settings.get().tracking.trackers).split(",") if t.strip()]
+    if wrong := [kind for kind in kinds if kind not in runs.TRACKERS]:
+        raise unknown("tracker", wrong[0], runs.TRACKERS)
+    if r.store:
+        open_store(r.store)
     return kinds + ([partial(runs.Copied, address=r.store)] if r.store else [])
 
 
