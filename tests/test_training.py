@@ -474,7 +474,14 @@ def test_a_resume_of_another_kind_is_refused(whole):
     r, run = trainer.reopened(whole.run.path)
     with pytest.raises(ValueError, match="lr 0.001 -> 0.1.*--force"):
         trainer.train(config.recipe(r.to_dict() | {"lr": 0.1}), run=run)
-    with pytest.raises(ValueError, match="the data "):
+    with pytest.raises(ValueError, match="model shapes-t2v -> shapes-i2v.*--force"):
+        trainer.train(config.recipe(r.to_dict() | {"model": "shapes-i2v"}), run=run)
+    note = trainer.IDENTITY, (whole.run.path / trainer.IDENTITY).read_text()
+    (whole.run.path / note[0]).write_text(note[1].replace(json.loads(note[1])["data_hash"], "d" * 64))
+    with pytest.raises(ValueError, match="the data dddddddd -> "):
+        trainer.train(r, run=run)
+    (whole.run.path / note[0]).write_text(note[1])
+    with pytest.raises(ValueError, match="data world:12 -> world:10"):
         trainer.train(config.recipe(r.to_dict() | {"data": "world:10"}), run=run)
     assert trainer.train(config.recipe(r.to_dict() | {"lr": 0.1}), run=run, force=True).steps == 6
     (whole.run.path / trainer.IDENTITY).write_text(json.dumps(json.loads((whole.run.path / trainer.IDENTITY).read_text()) | {"recipe": r.to_dict()}))
@@ -501,8 +508,29 @@ def test_an_output_that_can_t_be_written_and_a_rate_that_explodes(tmp_path, monk
     assert "file" in (said := capsys.readouterr().err) and "Traceback" not in said
     monkeypatch.setenv("VIDGEN_STORAGE_RUNS", str(tmp_path / "runs"))
     assert main(["train", str(tmp_path / "r.yaml")]) != 0
-    assert "lower lr" in (said := capsys.readouterr().err) and "checkpoint" in said and "Traceback" not in said
+    assert "lower lr" in (said := capsys.readouterr().err) and "checkpoint" in said and "Traceback" not in said and "not foreseen" not in said
     assert runs.Run.open(next((tmp_path / "runs").glob("train-*"))).status == "failed"
+
+
+def test_a_held_out_loss_that_rises_stops_the_run_or_is_said_at_its_end(tmp_path):
+    "Fewer steps than the mean of the batches' losses needs to tell."
+    facts = TINY | dict(lr=30.0, warmup=0, schedule="constant", ema=0.0, save_every=1)
+    with pytest.raises(FloatingPointError, match=r"held-out loss rose from 0.0\S+ to \S+ by step 6: lower lr \(30.0\). The last good checkpoint: .*step-00000005"):
+        trainer.train(Recipe(**facts | dict(validate_every=6)), run=runs.Run.create("a", {}, root=tmp_path, trackers=[]))
+    with pytest.warns(UserWarning, match=r"held-out loss rose from .* is kept all the same"):
+        done = trainer.train(Recipe(**facts | dict(validate_every=0)), run=runs.Run.create("b", {}, root=tmp_path, trackers=[]))
+    assert done.steps == 6 and done.after["loss/mean"] > 20 * done.before["loss/mean"]
+
+
+def test_a_tracker_or_a_store_that_is_none_is_refused_before_anything_is_made(tmp_path, monkeypatch):
+    monkeypatch.setenv("VIDGEN_STORAGE_RUNS", str(tmp_path / "runs"))
+    for wrong, said in ((dict(trackers="wand"), "nearest: wandb"), (dict(store="gs://lab/x"), "kind of store 'gs'")):
+        with pytest.raises(ValueError, match=said):
+            trainer.train(Recipe(**TINY | wrong))
+    assert not (tmp_path / "runs").exists()
+    (tmp_path / "file").write_text("no folder")
+    with pytest.raises(OSError, match="encoded data can't be written there"):
+        trainer.train(Recipe(**TINY | dict(encoded=str(tmp_path / "file/x"))), run=runs.Run.create("a", {}, root=tmp_path, trackers=[]))
 
 
 def test_full_training_with_frozen_parts(tmp_path):
@@ -584,11 +612,11 @@ def test_what_can_t_be_trained(tmp_path, wrong, said):
 def test_missing_captions_and_short_clips(tmp_path, monkeypatch):
     clips = [Sample(f"world:{i}", "" if i == 1 else "a star") for i in range(3)]
     monkeypatch.setattr(trainer, "open_manifest", lambda address: Manifest(tuple(clips)))
-    with pytest.raises(ValueError, match="sample 1 has no caption"):
+    with pytest.raises(ValueError, match="data: world:1 has no caption, sample 1: give"):
         trainer.manifests(Recipe(**TINY))
     short = vidgen.Clip(np.zeros((5, 64, 96, 3), np.uint8), fps=8)
     monkeypatch.setattr(trainer, "open_manifest", lambda address: Manifest((Sample(short, "a star"),)))
-    with pytest.raises(ValueError, match="frames"):
+    with pytest.raises(ValueError, match="it gives 5 frames and the buckets take 17: name a bucket for it, e.g. 1x64x96"):
         trainer.prepared(Recipe(**TINY), vidgen.load("shapes-t2v"), tmp_path)
 
 

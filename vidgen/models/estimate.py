@@ -190,7 +190,8 @@ def _learning(model: str, parts, plan: Plan, size: tuple, how, optimizer: str, e
     mine, beside, tide = learns["bytes"] / GIB, weights["autoencoder"] + weights[ENCODERS], SCRATCH * walk.peak_bytes / GIB
     adapters, average = mine if how.task == "lora" else 0.0, mine if ema else 0.0
     fixed = weights["transformer"] + adapters + average + rule.states * mine + (beside if encoders == "along" else 0.0)
-    moments = {"loading": weights["transformer"] + adapters + (beside if encoders != "apart" else 0.0), "going forth and back": fixed + tide,
+    loaded = _weights_by_part(parts, replace(plan, storage=""))["transformer"] if how.storage == "fp8" else weights["transformer"]  # whole, then made small
+    moments = {"loading": loaded + adapters + (beside if encoders != "apart" else 0.0), "going forth and back": fixed + tide,
                "the optimizer steps": fixed + mine + rule.extra(mine, largest, _gpu(plan.device)) if rule.keeps_gradients else 0.0}
     worst = max(moments, key=moments.get)
     memory = {"transformer": weights["transformer"], **({"adapters": adapters} if adapters else {}), "optimizer": rule.states * mine, **({"average": average} if ema else {}), "activations and gradients": tide,
