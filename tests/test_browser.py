@@ -5,17 +5,16 @@ import threading
 import time
 
 import pytest
+from services import package, program
 from serving import PROMPT, opened, served
 
 pytestmark = pytest.mark.services
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 
 @pytest.fixture(scope="module")
 def browser():
-    assert CHROMIUM, "no Chromium: make services"
-    with pytest.importorskip("playwright.sync_api").sync_playwright() as play:
-        made = play.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--autoplay-policy=no-user-gesture-required"])
+    with package("playwright.sync_api").sync_playwright() as play:
+        made = play.chromium.launch(executable_path=program("chromium", "chromium"), args=["--no-sandbox", "--autoplay-policy=no-user-gesture-required"])
         yield made
         made.close()
 

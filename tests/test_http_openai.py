@@ -4,17 +4,10 @@ import threading
 import time
 
 import pytest
-from serving import PROMPT, client, finish, opened, served, take
+from serving import PROMPT, client, finish, served, take
 
 openai = pytest.importorskip("openai")
 pytestmark = pytest.mark.filterwarnings("ignore:The Sora API:DeprecationWarning")
-
-
-@pytest.fixture
-def service(tmp_path):
-    made = opened(tmp_path)
-    yield made
-    made.jobs.close()
 
 
 def worker(service, count=1):
