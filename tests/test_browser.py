@@ -160,6 +160,7 @@ def test_on_a_phone_nothing_sticks_out(browser, service, worker):
         page.tap("#go")
         until(page, "document.querySelector('#player').readyState >= 2")
         page.tap("summary")
+        page.evaluate("window.scrollTo(0, 0)")
         shot(page, "phone")
         assert page.evaluate("document.documentElement.scrollWidth") <= 360
         small = page.evaluate("[...document.querySelectorAll('button, input, select, .button')].filter(e => e.offsetParent && e.getBoundingClientRect().height < 40).map(e => e.id || e.outerHTML)")
@@ -180,7 +181,130 @@ def test_with_a_key(browser, service, worker):
         page.click("#go")
         until(page, "document.querySelector('#preview').naturalWidth > 0")
         until(page, "document.querySelector('#player').readyState >= 2")
+        until(page, "document.querySelector('#history .still').style.backgroundImage.includes('blob:')")
         assert key not in page.url and service.jobs.list()[0].owner == "ada"
+
+
+def test_the_whole_way_by_keys(browser, service, film):
+    "Cancel, another take, pause, download and back to the prompt, without a pointer."
+    worker = Worker(service, film, 0.05)
+    with served(service) as address:
+        page = visit(browser, address)
+        page.keyboard.press("Tab")
+        assert page.evaluate("document.activeElement.className") == "skip"
+        page.keyboard.press("Enter")
+        page.keyboard.press("n")
+        page.keyboard.type(PROMPT)
+        page.keyboard.press("Control+Enter")
+        page.wait_for_selector("#history li.queued")
+        page.keyboard.press("Escape")
+        page.keyboard.press("c")
+        page.wait_for_selector("#history li.canceled")
+        worker.start()
+        page.keyboard.press("a")
+        page.wait_for_selector("#history li.succeeded")
+        assert service.jobs.list()[0].spec["seed"] == 1
+        until(page, "!document.querySelector('#player').hidden && !document.querySelector('#player').paused")
+        page.evaluate("document.activeElement.blur()")
+        page.keyboard.press("Space")
+        until(page, "document.querySelector('#player').paused")
+        with page.expect_download():
+            page.keyboard.press("d")
+        assert page.evaluate("document.title") == "✓ vidgen" and not page.trouble, page.trouble
+        worker.stop.set()
+        worker.join()
+
+
+def test_a_look_elsewhere_and_back_shows_the_preview_again(browser, service, film):
+    with served(service) as address:
+        page = visit(browser, address)
+        for prompt in (PROMPT, "another"):
+            page.fill("#prompt", prompt)
+            page.click("#go")
+            until(page, f"document.querySelector('#now-prompt').textContent === {prompt!r}")
+        claim = service.jobs.claim("worker-test")
+        claim.preview(shutil.copy(film / "strip.png", claim.staging / "preview-1.png"))
+        first, second = (f"#{job.id} button" for job in reversed(service.jobs.list()))
+        page.click(first)
+        until(page, "!document.querySelector('#preview').hidden && document.querySelector('#preview').naturalWidth > 0")
+        page.click(second)
+        until(page, "document.querySelector('#preview').hidden")
+        page.click(first)
+        until(page, "!document.querySelector('#preview').hidden")
+        assert not page.trouble, page.trouble
+
+
+def test_history_shows_stills_takes_up_and_forgets(browser, service, worker):
+    with served(service) as address:
+        page = visit(browser, address)
+        page.fill("#prompt", PROMPT)
+        page.click("summary")
+        page.fill("[name=num_inference_steps]", "9")
+        page.click("#go")
+        page.wait_for_selector("#history li.succeeded")
+        until(page, "document.querySelector('#history .still').style.backgroundImage.includes('thumbnail')")
+        page.reload()
+        page.click("#history button")
+        page.click("#reuse")
+        assert page.input_value("#prompt") == PROMPT and page.input_value("[name=num_inference_steps]") == "9"
+        page.click("#forget")
+        assert "good" in page.inner_text("#forget") and len(service.jobs.list()) == 1
+        page.click("#forget")
+        until(page, "document.querySelectorAll('#history li').length === 0 && !document.querySelector('#empty').hidden")
+        assert not service.jobs.list() and not page.trouble, page.trouble
+
+
+def test_a_picture_is_where_a_clip_begins(browser, service, film, tmp_path):
+    with served(service) as address:
+        page = visit(browser, address)
+        page.click("summary")
+        page.select_option("#model", "shapes-i2v")
+        page.fill("#prompt", PROMPT)
+        page.click("#go")
+        page.wait_for_selector("#error:not([hidden])")
+        assert "first frame" in page.inner_text("#error") and not service.jobs.list()
+        page.set_input_files("#image", film / "strip.png")
+        page.click("#go")
+        page.wait_for_selector("#history li.queued")
+        assert service.jobs.list()[0].spec["image"].startswith("file_") and not page.trouble, page.trouble
+
+
+def test_a_service_that_is_gone_is_told(browser, service):
+    with served(service) as address:
+        page = visit(browser, address)
+    page.fill("#prompt", PROMPT)
+    page.click("#go")
+    page.wait_for_selector("#error:not([hidden])")
+    assert "does not answer" in page.inner_text("#error")
+    page.evaluate("health()")
+    until(page, "document.querySelector('#health').className === 'down'")
+
+
+def test_a_key_may_be_wrong_and_the_question_may_be_left(browser, service):
+    service.keys.create("ada")
+    with served(service) as address:
+        page = browser.new_page()
+        page.goto(address)
+        page.wait_for_selector("#key-dialog[open]")
+        page.keyboard.press("Escape")
+        page.wait_for_selector("#key-dialog", state="hidden")
+        assert "key" in page.inner_text("#error")
+        page.click("#key-button")
+        page.fill("#key", "vg_wrong")
+        page.keyboard.press("Enter")
+        until(page, "document.querySelector('#error').textContent.includes('not valid')")
+
+
+def test_everything_has_a_name_for_those_who_hear_it(browser, service, worker):
+    with served(service) as address:
+        page = visit(browser, address)
+        page.fill("#prompt", PROMPT)
+        page.click("#go")
+        page.wait_for_selector("#history li.succeeded")
+        nameless = """[...document.querySelectorAll('button, input, select, textarea, a, progress, dialog')].filter(e => !(e.getAttribute('aria-label') || e.getAttribute('aria-labelledby') ||
+            e.textContent.trim() || (e.labels && e.labels.length))).map(e => e.outerHTML)"""
+        assert page.evaluate(nameless) == [] and page.evaluate("document.querySelector('#said').textContent") == "finished"
+        assert page.evaluate("[...document.querySelectorAll('[id]')].length === new Set([...document.querySelectorAll('[id]')].map(e => e.id)).size")
 
 
 def test_two_pages_see_the_same_job(browser, service, worker):
