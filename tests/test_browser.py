@@ -21,13 +21,16 @@ def browser():
 
 @pytest.fixture(scope="module")
 def film(tmp_path_factory):
+    import numpy as np
+    from PIL import Image
+
     from vidgen.clip import Clip
     from vidgen.world import render, scene
 
     folder = tmp_path_factory.mktemp("film")
     clip = Clip(render(scene(7, shape="circle", colour="red", motion="right", background="white")).frames, 8.0)
     clip.save(folder / "clip.mp4")
-    clip.save(folder / "strip.png")
+    Image.fromarray(np.concatenate(list(clip.frames[::4]), axis=1)).save(folder / "strip.png")  # as a worker's preview: frames side by side
     return folder
 
 
@@ -110,6 +113,9 @@ def test_a_clip_from_the_prompt_to_the_download(browser, service, worker, tmp_pa
         page.click("#go")
         until(page, "document.querySelector('#bar').value >= 30 && document.querySelector('#bar').value < 100")
         until(page, "!document.querySelector('#preview').hidden && document.querySelector('#preview').naturalWidth > 0")
+        until(page, "getComputedStyle(document.querySelector('#preview')).getPropertyValue('--cells').trim() === '5'")
+        box = page.locator("#preview").bounding_box()
+        assert abs(box["width"] / box["height"] - 1.5) < 0.02  # one frame at a time
         shot(page, "running")
         until(page, "document.querySelector('#player').readyState >= 2 && !document.querySelector('#player').hidden")
         until(page, "document.querySelector('#player').currentTime > 0")

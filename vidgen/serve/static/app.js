@@ -100,8 +100,8 @@ async function heard(event) {
   cursors.set(event.job, event.seq);
   if (event.type === "started") job.state = "running";
   if (event.type === "retry" || event.type === "crashed") job.state = "queued";
-  for (const field of ["stage", "progress", "message", "step", "steps"]) if (event.data[field] !== undefined) job[field] = event.data[field];
   if (event.type === "preview") job.preview = event.data.artifact;
+  else for (const field of ["stage", "progress", "message", "step", "steps"]) if (event.data[field] !== undefined) job[field] = event.data[field];
   if (ENDED.includes(event.type)) {
     Object.assign(job, await call(`/v1/jobs/${job.id}`), { preview: job.preview });
     if (shown === job.id) { job.fresh = true; say(words(job)); }
@@ -189,6 +189,13 @@ async function develop(job) {
   $("preview").dataset.of = job.preview;
   const url = await kept(`/v1/jobs/${job.id}/artifacts/${encodeURIComponent(job.preview)}`);
   if (shown !== job.id || ENDED.includes(job.state)) return;
+  $("preview").onload = ({ target: strip }) => {  // it holds frames side by side: they are shown one after the other
+    const known = { ...models[job.spec.model], ...job.spec }, ratio = known.width / known.height || strip.naturalWidth / strip.naturalHeight;
+    const cells = Math.max(1, Math.round(strip.naturalWidth / strip.naturalHeight / ratio));
+    strip.style.setProperty("--ratio", ratio);
+    strip.style.setProperty("--cells", Math.max(2, cells));
+    strip.classList.toggle("reel", cells > 1);
+  };
   $("preview").src = url;
   $("preview").hidden = false;
 }
