@@ -257,7 +257,21 @@ def test_history_shows_stills_takes_up_and_forgets(browser, service, worker):
         assert "good" in page.inner_text("#forget") and len(service.jobs.list()) == 1
         page.click("#forget")
         until(page, "document.querySelectorAll('#history li').length === 0 && !document.querySelector('#empty').hidden")
-        assert not service.jobs.list() and not page.trouble, page.trouble
+        assert page.inner_text("#now-prompt") == "Your clip appears here" and not service.jobs.list() and not page.trouble, page.trouble
+
+
+def test_a_clip_is_continued(browser, service, worker):
+    with served(service) as address:
+        page = visit(browser, address)
+        page.fill("#prompt", PROMPT)
+        page.click("#go")
+        page.wait_for_selector("#history li.succeeded")
+        page.fill("#prompt", "it stops")
+        page.click("#goon")
+        until(page, "document.querySelectorAll('#history li.succeeded').length === 2")
+        more, first = service.jobs.list()
+        assert more.spec["prompt"] == "it stops" and more.spec["extends"]["frames"] == 17 and more.spec["num_frames"] == 17 and more.model == "shapes-i2v" and "extends" not in first.spec
+        assert not page.trouble, page.trouble
 
 
 def test_a_picture_is_where_a_clip_begins(browser, service, film, tmp_path):

@@ -10,6 +10,7 @@ const IDEAS = {
   any: ["a paper boat drifting down a rainy street", "a fox asleep in falling snow, close up", "steam rising from a cup of tea in morning light", "a lighthouse in a storm, waves breaking",
     "ink spreading in clear water", "a kite over a summer field", "fireflies above a pond at dusk", "a small robot watering a plant"],
 };
+const BEGIN = { "now-prompt": $("now-prompt").textContent, message: $("message").textContent, facts: "" };
 const jobs = new Map();        // id -> job, as the API gives it
 const cursors = new Map();     // id -> number of the last event seen
 const stills = new Map();      // id -> address of its first frame
@@ -55,13 +56,21 @@ async function picture() {
   return (await call("/v1/uploads", { method: "POST", body })).id;
 }
 
-async function ask(spec) {
+function post(path, body) {
+  const headers = { "Content-Type": "application/json", "Idempotency-Key": crypto.randomUUID ? crypto.randomUUID() : `${Date.now()}-${Math.random()}` };
+  return call(path, { method: "POST", headers, body: JSON.stringify(body) });
+}
+
+async function clipOf(spec) {
+  if (models[spec.model] && models[spec.model].task === "i2v" && !spec.image) spec.image = await picture();
+  return post("/v1/jobs", { spec });
+}
+
+async function accepted(asking) {
   tell(null);
   $("go").disabled = true;
   try {
-    if (models[spec.model] && models[spec.model].task === "i2v" && !spec.image) spec.image = await picture();
-    const headers = { "Content-Type": "application/json", "Idempotency-Key": crypto.randomUUID ? crypto.randomUUID() : `${Date.now()}-${Math.random()}` };
-    const job = await call("/v1/jobs", { method: "POST", headers, body: JSON.stringify({ spec }) });
+    const job = await asking();
     jobs.set(job.id, job);
     show(job.id);
     say("accepted");
@@ -177,6 +186,7 @@ async function detail(job) {
   $("cancel").disabled = job.cancel_requested;
   $("download").hidden = !video;
   for (const name of ["again", "reuse", "forget"]) $(name).hidden = !over;
+  $("goon").hidden = !video || !Object.values(models).some((m) => m.task === "i2v" && m.ready);
   $("forget").textContent = "Forget";
   document.title = over ? `${job.state === "succeeded" ? "✓" : "✗"} vidgen` : `${Math.round(job.progress)} % · vidgen`;
   $("facts").textContent = r ? [`seed ${r.seed}`, r.model, `${r.frames} frames`, r.fps && `${r.fps} per second`, r.seconds && `made in ${Number(r.seconds).toFixed(1)} s`, ...(r.warnings || [])].filter(Boolean).join(" · ") : "";
@@ -227,7 +237,15 @@ const spoken = (job) => Object.fromEntries(ASKABLE.filter((name) => job.spec[nam
 
 function again() {
   const job = jobs.get(shown);
-  if (job && ENDED.includes(job.state)) ask({ ...spoken(job), seed: ((job.result || {}).seed ?? job.spec.seed ?? 0) + 1 });
+  if (job && ENDED.includes(job.state)) accepted(() => clipOf({ ...spoken(job), seed: ((job.result || {}).seed ?? job.spec.seed ?? 0) + 1 }));
+}
+
+function goon() {  // with the prompt that stands in the form, if there is one
+  const job = jobs.get(shown), usual = models[job.model.split("+")[0]], prompt = $("prompt").value.trim() || job.spec.prompt;
+  accepted(async () => {
+    const video = await post("/v1/videos/extensions", { prompt, seconds: ((usual.num_frames - 1) / usual.fps).toFixed(3), video: { id: job.id } });
+    return call(`/v1/jobs/${video.id}`);
+  });
 }
 
 function reuse() {
@@ -246,8 +264,18 @@ const forget = boldly(async () => {
   $(id).remove();
   say("forgotten");
   shown = null;
-  if (neighbour) { show(neighbour.id); $(neighbour.id).firstChild.focus(); } else location.reload();
+  if (neighbour) { show(neighbour.id); $(neighbour.id).firstChild.focus(); } else rest();
 });
+
+function rest() {  // as the page begins
+  for (const [name, text] of Object.entries(BEGIN)) $(name).textContent = text;
+  for (const name of ["player", "preview", "bar", "cancel", "download", "again", "goon", "reuse", "forget"]) $(name).hidden = true;
+  $("player").removeAttribute("src");
+  $("stage").className = "stage";
+  $("empty").hidden = false;
+  document.title = "vidgen";
+  $("prompt").focus();
+}
 
 function surprise() {
   const list = IDEAS[$("model").value.startsWith("shapes") ? "shapes" : "any"].filter((text) => text !== $("prompt").value);
@@ -305,8 +333,8 @@ document.addEventListener("keydown", (event) => {
   if (does[event.key]) { event.preventDefault(); does[event.key](); }
 });
 
-$("ask").onsubmit = (event) => { event.preventDefault(); boldly(() => ask(asked()))(); };
-for (const [name, act] of Object.entries({ cancel, again, reuse, forget, surprise, more: earlier, "key-button": askKey })) $(name).onclick = act;
+$("ask").onsubmit = (event) => { event.preventDefault(); boldly(() => { const spec = asked(); accepted(() => clipOf(spec)); })(); };
+for (const [name, act] of Object.entries({ cancel, again, goon, reuse, forget, surprise, more: earlier, "key-button": askKey })) $(name).onclick = act;
 $("model").onchange = chosen;
 $("key-dialog").onclose = () => { if ($("key-dialog").returnValue !== "ok") return; key = $("key").value.trim(); sessionStorage.setItem("key", key); begin(); };
 
