@@ -21,7 +21,6 @@ from ..errors import CorruptWeights, DoesNotFit, WeightsMissing, need, nearest, 
 from .auth import Caller, Denied, Keys, Limiter, identify
 from .guard import Problem
 from .records import Conflict, Job, NotFound, QueueFull, Unavailable
-from .storage import DAY
 from ..settings import Settings
 
 # %% ../../nbs/70_serve/780_service.ipynb #468f9595
@@ -398,7 +397,7 @@ def upload(jobs, data: bytes | Path, name: str, owner: str, mime: str) -> str:
     digest = hashlib.sha256(data if isinstance(data, bytes) else data.read_bytes()).hexdigest()
     with jobs.reading() as ledger:
         t = ledger.t.artifact
-        same = t.select().where(t.c.owner == owner, t.c.tier == "uploads", t.c.sha256 == digest, t.c.mime == mime, t.c.removed_at.is_(None), t.c.expires_at > ledger.now + DAY)
+        same = t.select().where(t.c.owner == owner, t.c.tier == "uploads", t.c.sha256 == digest, t.c.mime == mime, t.c.removed_at.is_(None), t.c.expires_at > ledger.now + 86400)
         row = ledger.run(same.order_by(t.c.id.desc()).limit(1)).first()
     return row.id if row else jobs.keep(data, name, owner=owner, mime=mime).id
 
