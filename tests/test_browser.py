@@ -271,6 +271,9 @@ def test_a_clip_is_continued(browser, service, worker):
         until(page, "document.querySelectorAll('#history li.succeeded').length === 2")
         more, first = service.jobs.list()
         assert more.spec["prompt"] == "it stops" and more.spec["extends"]["frames"] == 17 and more.spec["num_frames"] == 17 and more.model == "shapes-i2v" and "extends" not in first.spec
+        until(page, "document.querySelector('#again').hidden")
+        page.click(f"#{first.id} button")
+        until(page, "!document.querySelector('#again').hidden")
         assert not page.trouble, page.trouble
 
 

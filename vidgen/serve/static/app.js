@@ -186,7 +186,8 @@ async function detail(job) {
   $("cancel").disabled = job.cancel_requested;
   $("download").hidden = !video;
   for (const name of ["again", "reuse", "forget"]) $(name).hidden = !over;
-  $("goon").hidden = !video || !Object.values(models).some((m) => m.task === "i2v" && m.ready);
+  if (job.spec.extends) $("again").hidden = true;  // it takes the film before it, which only a new continuation names
+  $("goon").hidden = !video || !models[job.model.split("+")[0]] || !Object.values(models).some((m) => m.task === "i2v" && m.ready);
   $("forget").textContent = "Forget";
   document.title = over ? `${job.state === "succeeded" ? "✓" : "✗"} vidgen` : `${Math.round(job.progress)} % · vidgen`;
   $("facts").textContent = r ? [`seed ${r.seed}`, r.model, `${r.frames} frames`, r.fps && `${r.fps} per second`, r.seconds && `made in ${Number(r.seconds).toFixed(1)} s`, ...(r.warnings || [])].filter(Boolean).join(" · ") : "";
@@ -233,11 +234,12 @@ const cancel = boldly(async () => {
   draw(job.id);
 });
 
-const spoken = (job) => Object.fromEntries(ASKABLE.filter((name) => job.spec[name] !== undefined).map((name) => [name, job.spec[name]]));
+// What this page can say of a job; a number of frames that was cut to is not one every model makes.
+const spoken = (job) => Object.fromEntries(ASKABLE.filter((name) => job.spec[name] !== undefined && !(name === "num_frames" && job.spec.trim)).map((name) => [name, job.spec[name]]));
 
 function again() {
   const job = jobs.get(shown);
-  if (job && ENDED.includes(job.state)) accepted(() => clipOf({ ...spoken(job), seed: ((job.result || {}).seed ?? job.spec.seed ?? 0) + 1 }));
+  if (job && !$("again").hidden) accepted(() => clipOf({ ...spoken(job), seed: ((job.result || {}).seed ?? job.spec.seed ?? 0) + 1 }));
 }
 
 function goon() {  // with the prompt that stands in the form, if there is one
