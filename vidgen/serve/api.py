@@ -59,7 +59,7 @@ def found_wrong(errors: list[dict]) -> Problem:
     "What the checker of requests found, as one problem."
     if any(e["type"] == "json_invalid" for e in errors):
         return Problem(400, "bad_json", "the body is no JSON")
-    rows = [{"where": ".".join(map(str, e["loc"])), "message": e["msg"]} for e in errors][:20]
+    rows = [{"where": ".".join(str(part) for part in e["loc"] if not re.match("[A-Z]", str(part))), "message": e["msg"]} for e in errors][:20]  # without names of classes
     first = rows[0] if rows else {"where": "body", "message": "is wrong"}
     return Problem(422, "bad_request", f"{first['where']}: {first['message']}", errors=rows, param=str(errors[0]["loc"][-1]) if errors else None)
 
