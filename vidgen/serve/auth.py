@@ -109,10 +109,19 @@ class Keys:
             if not conn.execute(t.update().where(t.c.id == id, t.c.revoked_at.is_(None)).values(revoked_at=time.time())).rowcount:
                 raise unknown("key", id, [row.id for row in conn.execute(t.select().where(t.c.revoked_at.is_(None)))])
 
+    @property
+    def known(self) -> bool:
+        "What `exist` found when it was last asked: for whoever must not wait."
+        return self._known[1]
+
+    @property
+    def fresh(self) -> bool:
+        "Would `exist` answer without asking the table?"
+        return self._known[1] or time.monotonic() - self._known[0] <= 1
+
     def exist(self) -> bool:
         "Was a key ever made? Asked at most once a second; a service that once had a key is never open again."
-        then, known = self._known
-        if not known and time.monotonic() - then > 1:
+        if not self.fresh:
             with self.db.connect() as conn:
                 self._known = (time.monotonic(), conn.execute(table().select().limit(1)).first() is not None)
         return self._known[1]
@@ -181,6 +190,11 @@ class Limiter:
         self._own, self._shared, self._away_until = Window(MemoryStorage()), None, 0.0
         if redis:
             self._shared = Window(storage_from_string(redis, socket_timeout=0.25, socket_connect_timeout=0.25))
+
+    @property
+    def own(self) -> bool:
+        "Is it counted in this process alone, so that nothing is waited for?"
+        return self._shared is None
 
     def hit(self, most: int, *who: str, count: bool = True) -> tuple[bool, int, float]:
         "(allowed, remaining, seconds until the window moves on); `count=False` only looks."

@@ -12,6 +12,7 @@ from collections import OrderedDict
 from collections.abc import Iterable
 
 from ..errors import unknown
+from . import measures
 
 # %% ../../nbs/70_serve/741_pool.ipynb #3587abf7
 def size_mib(gen) -> int:
@@ -34,6 +35,7 @@ class Pool:
             made = self.load(name)
             self.sizes[name], self.seconds[name] = size_mib(made), time.perf_counter() - start
             self.loaded[name] = made
+            measures.loaded(self.seconds[name])
         self.loaded.move_to_end(name)
         self.shrink(self.most_mib)
         return self.loaded[name]
