@@ -1,6 +1,8 @@
 """R6: disks that are full, read-only, broken or slow, under a real `vidgen serve`: a plain refusal or a failed job, no half files, and all is well again without a restart."""
 import contextlib
 import errno
+import io
+import json
 import os
 import resource
 import subprocess
@@ -162,8 +164,6 @@ class House:
         return self.http.get(answer.headers["location"]).json()
 
     def upload(self):
-        import io
-
         from PIL import Image
 
         out = io.BytesIO()
@@ -176,12 +176,18 @@ class House:
         assert self.ended(self.ask())["state"] == "succeeded" and self.upload().status_code == 201
 
     def is_whole(self):
-        "No half files, no lost job."
-        jobs = Jobs.open(f"sqlite:///{self.seen('db')}/vidgen.db", self.seen("files"), least_free_gib=0)
-        found = whole(jobs)
-        assert not list(self.seen("files").rglob("*.part*")) and set(found) <= {"succeeded", "failed"}
-        jobs.close()
-        return found
+        "No half files, no lost job; looked at from inside. Returns how many jobs are in each state."
+        code = f"""
+import json, sys
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from test_jobs import Jobs, whole
+jobs = Jobs.open("sqlite:///{self.folder}/db/vidgen.db", {str(self.folder / 'files')!r}, least_free_gib=0)
+assert not list(jobs.root.rglob("*.part*"))
+print(json.dumps(whole(jobs)))"""
+        inside = ["nsenter", "-t", str(self.process.pid), "-U", "-m", "--preserve-credentials"] if self.apart else []
+        done = subprocess.run([*inside, sys.executable, "-c", code], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout)
 
     def stop(self):
         self.http.close()
@@ -247,7 +253,8 @@ def test_a_service_outlives_its_disks(house):
         assert house.ended(house.ask())["state"] == "succeeded"
     house.is_well()
     assert house.tree == before, "nobody was started again"
-    record("R6", own_file_systems=house.apart, faults=["full", "read-only", "database full", "EIO", "500 ms"], states=dict(house.is_whole()))
+    assert set(house.is_whole()) == {"succeeded", "failed"}
+    record("R6", own_file_systems=house.apart, faults=["full", "read-only", "database full", "EIO", "500 ms"], states=house.is_whole())
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")

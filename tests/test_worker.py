@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import serve_kinds  # noqa: F401  registers the kinds
+from serving import record
 from test_jobs import whole
 
 from vidgen.serve import lapse
@@ -94,7 +95,7 @@ def test_workers_killed_at_random_lose_nothing(database, space):
 @pytest.mark.timeout(3600)
 def test_workers_killed_at_random_lose_nothing_at_length(database, tmp_path):
     killed, made = kill_loop(database, tmp_path / "files", count=500, kills=50, workers=4, lease=2.0, most=3000)
-    print(f"R1: {made} jobs x 3 stages, {killed} kills")
+    record("R1", database=database.partition(":")[0], jobs=made, stages=3, kills=killed, lost=0, published_twice=0)
     assert killed >= 50
 
 
@@ -256,13 +257,25 @@ def one_sleeper(jobs, database, space, n):
     assert [e.kind for e in jobs.events(job.id)].count("succeeded") == 1 and len(jobs.artifacts(job.id)) == 1
 
 
+def asleep(database, space, count):
+    jobs = Jobs.open(database, space / "files", least_free_gib=0, lease=0.5)
+    for n in range(count):
+        one_sleeper(jobs, database, space, n)
+    assert whole(jobs) == {"succeeded": count}
+    jobs.close()
+
+
+@pytest.mark.timeout(120)
 def test_an_asleep_process_publishes_nothing(database, space):
     "R2 with real processes: SIGSTOP longer than the lease, then SIGCONT."
-    jobs = Jobs.open(database, space / "files", least_free_gib=0, lease=0.5)
-    for n in range(3):
-        one_sleeper(jobs, database, space, n)
-    assert whole(jobs) == {"succeeded": 3}
-    jobs.close()
+    asleep(database, space, 3)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_twenty_asleep_processes_publish_nothing(database, space):
+    asleep(database, space, 24)
+    record("R2", database=database.partition(":")[0], zombies=24, published_by_them=0)
 
 
 # real clips

@@ -16,7 +16,7 @@ from . import choose, lapse, requests, storage, views
 from .claims import Claim
 from .ledger import Ledger, told_plainly
 from .records import Artifact, Event, Job
-from .tables import BUSY, engine, make_tables, tables
+from .tables import engine, hurried, make_tables, tables
 
 # %% ../../nbs/70_serve/72_jobs.ipynb #cc1cd546
 class _Database:
@@ -53,16 +53,8 @@ class _Database:
     def probe(self, seconds: float = 2.0) -> None:
         "Commit a row that says nothing, as accepting a job would. Errors: Unavailable, also when somebody has the database locked for so long."
         about = tables().about
-        with told_plainly(), self.db.connect().execution_options(reading=True) as conn:
-            if self._local:
-                conn.exec_driver_sql(f"PRAGMA busy_timeout={1000 * seconds:.0f}")
-            try:
-                conn.execute(about.update().where(about.c.name == "probe").values(value=str(time.time_ns())))  # the value it has, SQLite wouldn't write
-                conn.commit()
-            finally:
-                conn.rollback()
-                if self._local:
-                    conn.exec_driver_sql(f"PRAGMA busy_timeout={BUSY}")
+        with told_plainly(), hurried(self.db, seconds) as conn:
+            conn.execute(about.update().where(about.c.name == "probe").values(value=str(time.time_ns())))  # the value it has, SQLite wouldn't write
 
     def close(self) -> None:
         "Close the connections."

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['SCHEMA', 'NETWORK', 'BUSY', 'POOL_SECONDS', 'POSTGRES', 'tables', 'file_system', 'refuse_network', 'engine',
-           'make_tables']
+           'make_tables', 'hurried']
 
 # %% ../../nbs/70_serve/71_tables.ipynb #b5b83005
 import json
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
@@ -153,3 +154,19 @@ def make_tables(db) -> None:
                 conn.execute(t.about.insert().values(name=name, value=value))
         if int(known.get("schema", SCHEMA)) != SCHEMA:
             raise ValueError(f"this database has tables of version {known['schema']}, and this vidgen knows {SCHEMA}: use the vidgen that made it, or another --database")
+
+# %% ../../nbs/70_serve/71_tables.ipynb #320d0e61
+@contextmanager
+def hurried(db, seconds: float):
+    "A connection that waits no longer than so many seconds for SQLite's lock; what is done in it is committed when the block ends well."
+    local = db.dialect.name == "sqlite"
+    with db.connect().execution_options(reading=True) as conn:  # a write in it asks for the lock then, and not at once
+        if local:
+            conn.exec_driver_sql(f"PRAGMA busy_timeout={1000 * seconds:.0f}")
+        try:
+            yield conn
+            conn.commit()
+        finally:
+            conn.rollback()
+            if local:
+                conn.exec_driver_sql(f"PRAGMA busy_timeout={BUSY}")
