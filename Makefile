@@ -47,13 +47,13 @@ $(VENV)/.track: $(READY)
 	@$(BIN)/python -m pip install --progress-bar off -e '.[track,ray]' > $(VENV)/track.log 2>&1 || { tail -n 15 $(VENV)/track.log; exit 1; }
 	@touch $@
 
-services: ## install what test-services needs from Debian: PostgreSQL, Redis, Prometheus (promtool), Chromium
+services: ## install what test-services needs from Debian: PostgreSQL, Redis, Prometheus (promtool), Chromium, a C compiler
 	@if [ "$$(id -u)" = 0 ]; then sudo=; else sudo=sudo; fi; \
 	command -v apt-get >/dev/null || { echo "this needs Debian or Ubuntu; elsewhere install PostgreSQL, Redis, promtool and Chromium by hand"; exit 1; }; \
-	$$sudo apt-get update -q && DEBIAN_FRONTEND=noninteractive $$sudo apt-get install -q -y --no-install-recommends postgresql redis-server prometheus chromium
+	$$sudo apt-get update -q && DEBIAN_FRONTEND=noninteractive $$sudo apt-get install -q -y --no-install-recommends postgresql redis-server prometheus chromium gcc libc6-dev
 
 test-services: $(READY) ## tests against private servers on loopback: PostgreSQL, Redis, a browser
-	@missing=; for program in redis-server promtool chromium; do command -v $$program >/dev/null || missing="$$missing $$program"; done; \
+	@missing=; for program in redis-server promtool chromium cc; do command -v $$program >/dev/null || missing="$$missing $$program"; done; \
 	ls /usr/lib/postgresql/*/bin/initdb >/dev/null 2>&1 || command -v initdb >/dev/null || missing="$$missing initdb"; \
 	[ -z "$$missing" ] || { echo "missing:$$missing; \`make services\` installs them from Debian's packages"; exit 1; }
 	@HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -m "services and not slow" --durations=5 tests

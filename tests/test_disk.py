@@ -110,7 +110,7 @@ class House:
 
     def seen(self, name):
         "A folder as the service sees it."
-        return Path(f"/proc/{self.process.pid}/root{self.folder / name}") if self.apart else self.folder / name
+        return Path("/proc", str(self.process.pid), "root", *self.folder.parts[1:], name) if self.apart else self.folder / name
 
     @contextlib.contextmanager
     def full(self, name):

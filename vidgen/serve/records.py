@@ -89,7 +89,7 @@ class Job:
     error: dict | None           # {"code", "message"}
     batch: str | None
     cancel_requested: bool
-    cancel_at: float | None      # is stopped then; when it was asked to stop, once it was
+    cancel_at: float | None = None  # is stopped then; when it was asked to stop, once it was
     memory_mib: int = 0
     place: int | None = None     # runs on device number `place` mod the number of devices
     repeated: bool = False       # the idempotency key was known: this is the earlier job

@@ -50,7 +50,7 @@ def _known(ledger: Ledger, owner: str, key: str, said: str) -> Job | None:
         raise Conflict(f"the idempotency key {key!r} stands for another request ({row.id}): use a new key for a new request")
     return record(Job, row, repeated=True) if row else None
 
-
+# %% ../../nbs/70_serve/721_requests.ipynb #20730caa
 def waiting(ledger: Ledger, most: int, owner: str | None = None) -> int:
     "How many jobs are queued, counted up to `most`; `owner`: only theirs."
     sa, job = need("sqlalchemy", "serve"), ledger.t.job
@@ -58,7 +58,7 @@ def waiting(ledger: Ledger, most: int, owner: str | None = None) -> int:
     queued = sa.select(sa.literal(1)).select_from(job).where(*where).limit(most).subquery()
     return ledger.run(sa.select(sa.func.count()).select_from(queued)).scalar()
 
-# %% ../../nbs/70_serve/721_requests.ipynb #20730caa
+
 def submit(ledger: Ledger, kind: str, spec: dict, *, owner: str = "", key: str | None = None, priority: int = 0, expires_in: float | None = None, batch: str | None = None, model: str = "",
            memory_mib: int = 0, place: int | None = None, view: str = "", most_queued: int | None = None, cancel_after: float | None = None, about: dict | None = None) -> Job:
     "Add a job, or find the one its idempotency key stands for; see `Jobs.submit`. After `cancel_after` seconds it is stopped, wherever it is. `about` goes into its first event."

@@ -16,7 +16,7 @@ import threading
 import time
 from dataclasses import dataclass
 
-from ..errors import Canceled, DoesNotFit
+from ..errors import Canceled, CorruptWeights, DoesNotFit
 from ..progress import Cancel
 from . import measures, storage
 from .jobs import Jobs
@@ -39,7 +39,7 @@ def verdict(err: BaseException) -> tuple[dict, bool, float | None]:
         return {"code": "storage_full", "message": f"the disk does not take it ({said}): free some space"}, False, None
     if isinstance(err, ConnectionError | TimeoutError) or type(err).__module__.startswith("httpx"):
         return {"code": "network", "message": said}, True, None
-    if isinstance(err, ValueError | FileNotFoundError):
+    if isinstance(err, ValueError | FileNotFoundError | CorruptWeights):
         return {"code": "invalid", "message": said}, False, None
     return {"code": "internal", "message": f"{type(err).__name__}: {said}"}, "CUDA error" in said, None
 
