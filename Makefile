@@ -53,10 +53,10 @@ $(VENV)/.services: $(READY)
 	@touch $@
 
 # program:package of Debian, for all that test-services needs; what is not there of it
-SERVERS := initdb:postgresql redis-server:redis-server promtool:prometheus chromium:chromium
+SERVERS := initdb:postgresql redis-server:redis-server promtool:prometheus chromium:chromium cc:build-essential
 ABSENT = $$(for pair in $(SERVERS); do program=$${pair%%:*}; command -v "$$program" >/dev/null || ls /usr/lib/postgresql/*/bin/"$$program" >/dev/null 2>&1 || echo "$$pair"; done)
 
-services: ## install what test-services needs from Debian: PostgreSQL, Redis, Prometheus (promtool), Chromium
+services: ## install what test-services needs from Debian: PostgreSQL, Redis, Prometheus (promtool), Chromium, a C compiler
 	@absent="$(ABSENT)"; [ -n "$$absent" ] || { echo "all there: $(SERVERS)"; exit 0; }; \
 	command -v apt-get >/dev/null || { echo "missing (program:package of Debian):" $$absent; echo "without apt-get: install them by hand, then \`make test-services\`"; exit 1; }; \
 	sudo=; [ "$$(id -u)" = 0 ] || sudo=sudo; echo "installing" $$absent; \

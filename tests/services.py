@@ -63,8 +63,12 @@ class Postgres:
     def start(self):
         subprocess.run([self.ctl, "-D", self.folder / "data", "-l", self.folder / "log", "-w", "start"], cwd="/", stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, timeout=60, **self.user)
 
-    def restart(self, down=0.2):
+    def crash(self):
+        "Stop at once; what was not committed is gone."
         self.run(self.ctl, "-D", self.folder / "data", "-m", "immediate", "-w", "stop")
+
+    def restart(self, down=0.2):
+        self.crash()
         time.sleep(down)
         self.start()
 

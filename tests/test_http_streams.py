@@ -94,7 +94,7 @@ def test_heartbeats_have_no_id_and_pings_are_comments(service, monkeypatch):
 
 async def sse_client(address, job, seen, rng):
     "Read a job's events to the end, dropping the connection at random; `seen` gets (seq, type)."
-    last, stop = 0, False
+    last, stop = seen[-1][0] if seen else 0, False
     async with httpx.AsyncClient(timeout=30) as http:
         while not stop:
             drop = rng.randint(1, 6)
@@ -114,7 +114,7 @@ async def sse_client(address, job, seen, rng):
 
 
 async def ws_client(address, job, seen, rng):
-    last, stop = 0, False
+    last, stop = seen[-1][0] if seen else 0, False
     while not stop:
         drop = rng.randint(1, 6)
         async with websockets.connect(f"ws{address[4:]}/v1/ws") as socket:

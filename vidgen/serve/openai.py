@@ -21,8 +21,8 @@ from typing import Annotated, ClassVar, Literal
 from ..errors import unknown
 from .guard import Problem, fetch, redraw
 from .records import Job
-from .storage import TIERS
 from .service import Bound, Prompted, Service, Text, _default_model, artifact, body, checked, documented, model, send_file, upload, wait
+from .storage import tiers
 
 # %% ../../nbs/70_serve/786_openai.ipynb #8da8ed0e
 Seconds = Annotated[str, Bound("length in seconds, as text", pattern=r"^\d{1,3}(\.\d{1,3})?$")]
@@ -81,7 +81,7 @@ def seen(job: Job) -> dict:
              "completed_at": int(job.finished_at) if job.finished_at and job.state == "succeeded" else None, "expires_at": None, "seconds": _seconds(job), "size": _size(job),
              "remixed_from_video_id": job.view.partition("/")[2] or None, "error": None}
     if video["completed_at"]:
-        video["expires_at"] = int(job.finished_at + TIERS["videos"])
+        video["expires_at"] = int(job.finished_at + tiers()["videos"])
     if STATUS[job.state] == "failed":
         video["error"] = job.error or {"code": job.state, "message": f"this job was {job.state}" if job.state == "canceled" else "this job waited longer than it was allowed to"}
     return video | ({"fps": result["fps"]} if "fps" in result else {})

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Annotated, ClassVar
 
 from ..errors import CorruptWeights, DoesNotFit, WeightsMissing, need, nearest, unknown
+from . import requests, storage
 from .auth import Caller, Denied, Keys, Limiter, identify
 from .guard import Problem
 from .records import Conflict, Job, NotFound, QueueFull, Unavailable
@@ -283,10 +284,8 @@ def used_seconds(jobs, owner: str, window: float = 86400) -> float:
 
 def waiting(jobs, most: int) -> int:
     "How many jobs are queued, counted up to `most`: asked with every submission, so it must not grow with the table."
-    sa = need("sqlalchemy", "serve")
     with jobs.reading() as ledger:
-        queued = sa.select(sa.literal(1)).select_from(ledger.t.job).where(ledger.t.job.c.state == "queued").limit(most).subquery()
-        return ledger.run(sa.select(sa.func.count()).select_from(queued)).scalar()
+        return requests.waiting(ledger, most)
 
 # %% ../../nbs/70_serve/780_service.ipynb #6bdf04c8
 @dataclass
@@ -305,14 +304,21 @@ class Service:
         "The service these settings describe. Errors: ValueError, Unavailable: see `Jobs.open`."
         from vidgen.serve.jobs import Jobs
 
-        jobs = Jobs.open(database(settings), settings.folder(settings.storage.root), least_free_gib=settings.storage.least_free_gib)
-        service = cls(jobs, Keys(jobs.db), Limiter(settings.database.redis), settings, started=time.time())
+        jobs = Jobs.open(database(settings), settings.folder(settings.storage.root), least_free_gib=settings.storage.least_free_gib, tiers=storage.tiers(settings.storage))
+        keys = Keys(jobs.db)
+        keys.exist()
+        service = cls(jobs, keys, Limiter(settings.database.redis), settings, started=time.time())
         if settings.database.redis:
             from vidgen.serve.doorbell import Doorbell
 
             service.bell = Doorbell(settings.database.redis)
             jobs.bell = service.bell.ring
         return service
+
+    @property
+    def instant(self) -> bool:
+        "Does `call` answer now, without a database or Redis? So it is while there is no key."
+        return self.keys.fresh and not self.keys.known and self.limiter.own
 
     def call(self, headers, query, path: str, address: str, scope: str) -> tuple[Caller, dict]:
         "(who asks, headers that tell how often they still may). Errors: Problem 401, 403, 429."
@@ -338,7 +344,7 @@ class Service:
                 self._check_upload(who, name)
             how |= needs(self.jobs, spec)
         self._check_quota(who)
-        if waiting(self.jobs, serve.queued) + count > serve.queued:
+        if not self.jobs.few(serve.queued, more=count) and waiting(self.jobs, serve.queued) + count > serve.queued:
             raise Problem(503, "service_busy", f"{serve.queued} jobs are waiting, and no more are taken now", after=30)
         try:
             return self.jobs.submit(kind, spec, owner=who.owner, most_queued=serve.queued_per_key, **how)
