@@ -82,6 +82,7 @@ class Kind:
     name: str
     stages: tuple[Stage, ...]
     check: Callable[[dict], object] | None = None        # ValueError for a spec that is none
+    then: Callable[[dict], Iterable[str]] | None = None  # kinds of jobs that follow one that has succeeded; nobody waits for them
 
     def asked(self, spec: dict) -> list[Stage]:
         "The stages a spec asks for."

@@ -19,6 +19,7 @@ from ..errors import CorruptWeights, DoesNotFit, WeightsMissing, need, nearest, 
 from .auth import Caller, Denied, Keys, Limiter, identify
 from .guard import Problem
 from .records import Conflict, Job, NotFound, QueueFull, Unavailable
+from .requests import LAST
 from ..settings import Settings
 
 # %% ../../nbs/70_serve/780_service.ipynb #468f9595
@@ -258,10 +259,10 @@ def used_seconds(jobs, owner: str, window: float = 86400) -> float:
 
 
 def waiting(jobs, most: int) -> int:
-    "How many jobs are queued, counted up to `most`: asked with every submission, so it must not grow with the table."
+    "How many jobs are queued that somebody waits for, counted up to `most`: asked with every submission, so it must not grow with the table."
     sa = need("sqlalchemy", "serve")
     with jobs.reading() as ledger:
-        queued = sa.select(sa.literal(1)).select_from(ledger.t.job).where(ledger.t.job.c.state == "queued").limit(most).subquery()
+        queued = sa.select(sa.literal(1)).select_from(ledger.t.job).where(ledger.t.job.c.state == "queued", ledger.t.job.c.priority > LAST).limit(most).subquery()
         return ledger.run(sa.select(sa.func.count()).select_from(queued)).scalar()
 
 # %% ../../nbs/70_serve/780_service.ipynb #6bdf04c8

@@ -24,6 +24,7 @@ from .jobs import Jobs
 from .kinds import Work, kind, learn
 from .pool import Pool
 from .records import Lost, Unavailable
+from .requests import LAST
 
 # %% ../../nbs/70_serve/75_worker.ipynb #16c69622
 def verdict(err: BaseException) -> tuple[dict, bool, float | None]:
@@ -46,11 +47,11 @@ def verdict(err: BaseException) -> tuple[dict, bool, float | None]:
 
 # %% ../../nbs/70_serve/75_worker.ipynb #6aaeb9ff
 class Keeper(threading.Thread):
-    "Renews the lease of a claim, and presses `cancel` when somebody asks to stop or the claim is `lost`. A context manager."
+    "Renews the lease of a claim, and presses `cancel` when somebody asks to stop, the claim is `lost`, or `wanted()` says that the slot is. A context manager."
 
-    def __init__(self, claim, cancel: Cancel, beat, look: float = 0.2):
+    def __init__(self, claim, cancel: Cancel, beat, look: float = 0.2, wanted=None):
         super().__init__(daemon=True)
-        self.claim, self.cancel, self.beat, self.look, self.lost, self.over = claim, cancel, beat, look, False, threading.Event()
+        self.claim, self.cancel, self.beat, self.look, self.wanted, self.lost, self.over = claim, cancel, beat, look, wanted, False, threading.Event()
 
     def run(self) -> None:
         renewed = time.monotonic()
@@ -62,6 +63,8 @@ class Keeper(threading.Thread):
                     renewed = time.monotonic()
                 if self.claim.cancel_requested():
                     self.cancel.cancel("asked")
+                if self.wanted and self.wanted():
+                    self.cancel.cancel("wanted")
             except Lost:
                 self.lost = True
                 self.cancel.cancel("lost")
@@ -78,8 +81,8 @@ class Keeper(threading.Thread):
         self.join(timeout=30)
 
 # %% ../../nbs/70_serve/75_worker.ipynb #19825c0b
-def perform(work: Work, stages) -> None:
-    "Run the stages that are not done, then publish."
+def perform(work: Work, stages, then=()) -> None:
+    "Run the stages that are not done, then publish; jobs of the kinds `then` follow."
     claim, result = work.claim, None
     for i, stage in enumerate(stages):
         if stage.name in work.done:
@@ -90,7 +93,7 @@ def perform(work: Work, stages) -> None:
         result = stage.run(work) or {}
         if i < len(stages) - 1 or stage.undo:
             claim.stage(stage.name, stage.keep(work) if stage.keep else (), output=result, undo=stage.undo is not None)
-    claim.publish(work.files, result)
+    claim.publish(work.files, result, then)
 
 
 def roll_back(work: Work, stages) -> None:
@@ -155,11 +158,11 @@ class _Slot:
 
         return torch.cuda.mem_get_info(self.own.device)[0] // 2**20 + self.pool.held_mib
 
-    def waiting(self, **where) -> bool:
-        "Is there anything in the queue, with these values in its row? Asked before claiming, for asking locks nothing."
+    def waiting(self, above: int = LAST - 1, **where) -> bool:
+        "Is there anything in the queue with a priority above this one, and these values in its row? Asked before claiming, for asking locks nothing."
         with self.jobs.reading() as ledger:
             t = ledger.t.job
-            asked = t.select().where(t.c.state == "queued", t.c.not_before <= ledger.now, *(t.c[name] == value for name, value in where.items()))
+            asked = t.select().where(t.c.state == "queued", t.c.not_before <= ledger.now, t.c.priority > above, *(t.c[name] == value for name, value in where.items()))
             return ledger.run(asked.limit(1)).first() is not None
 
 # %% ../../nbs/70_serve/75_worker.ipynb #b3eb9020
@@ -189,11 +192,13 @@ class Worker(_Slot):
         claim.patience, self.cancel = 600.0, Cancel()
         if self.stop.is_set():
             self.cancel.cancel("drained")
-        with Keeper(claim, self.cancel, self.beat) as keeper:
+        last = claim.job.priority <= LAST  # nobody waits for it, so it leaves when somebody waits for the slot
+        with Keeper(claim, self.cancel, self.beat, wanted=(lambda: self.waiting(LAST)) if last else None) as keeper:
             try:
                 work = Work(claim, self.cancel, self.pool, self.own.device)
-                stages = kind(claim.job.kind).asked(claim.job.spec)
-                roll_back(work, stages) if claim.ending else perform(work, stages)
+                asked = kind(claim.job.kind)
+                stages = asked.asked(claim.job.spec)
+                roll_back(work, stages) if claim.ending else perform(work, stages, asked.then(claim.job.spec) if asked.then else ())
             except Lost:
                 pass
             except Canceled:
@@ -208,10 +213,11 @@ class Worker(_Slot):
             self.beat("idle")
 
     def stopped(self, claim, keeper) -> None:
-        "The token was pressed: by a client, by SIGTERM, or because the claim is lost."
+        "The token was pressed: by a client, by SIGTERM, for somebody who comes first, or because the claim is lost."
+        why = {"drained": "the worker was stopped", "wanted": "something else comes first"}.get(self.cancel.reason)
         try:
             if not keeper.lost:
-                claim.canceled() if self.cancel.reason != "drained" or claim.cancel_requested() else claim.release("the worker was stopped")
+                claim.release(why) if why and not claim.cancel_requested() else claim.canceled()
         except Lost:
             pass
 
