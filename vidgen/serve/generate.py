@@ -9,6 +9,8 @@ __all__ = ['WORDS', 'MODES', 'PASSED', 'SHARES', 'GENERATE', 'plan', 'admission'
 # %% ../../nbs/70_serve/742_generate.ipynb #ec7def8a
 import time
 import warnings
+from collections.abc import Callable
+from functools import partial
 
 from ..errors import need, unknown
 from .kinds import Kind, Stage, Work, register
@@ -66,8 +68,11 @@ def admission(jobs, spec: dict) -> dict:
 def measured(jobs, model: str, size: str, peak_mib: int) -> None:
     "Remember the memory a run took, if it is the most so far."
     try:
-        with jobs.writing() as ledger:
+        with jobs.reading() as ledger:
             t = ledger.t.need
+            if ledger.run(t.select().where(t.c.model == model, t.c.size == size, t.c.peak_mib >= peak_mib)).first():
+                return
+        with jobs.writing() as ledger:
             dialect = need(f"sqlalchemy.dialects.{ledger.conn.dialect.name}", "serve")
             new = dialect.insert(t).values(model=model, size=size, peak_mib=peak_mib, at=ledger.now)
             ledger.run(new.on_conflict_do_update(index_elements=["model", "size"], set_={"peak_mib": peak_mib, "at": ledger.now}, where=t.c.peak_mib < peak_mib))
@@ -118,7 +123,7 @@ def picture(z_FCHW, colours, widest: int = 640):
 
 # %% ../../nbs/70_serve/742_generate.ipynb #89168f4a
 class _Previews:
-    "Publishes a strip now and then while a clip is made; a trouble with a preview never costs the clip."
+    "Publishes a strip now and then, beside the work; a trouble with a preview never costs the clip."
 
     def __init__(self, work: Work, gen, frames: int, steps: int, every: float = 2.0):
         self.work, self.gen, self.frames, self.steps, self.every, self.last, self.n = work, gen, frames, steps, every, time.monotonic(), 0
@@ -128,13 +133,17 @@ class _Previews:
         if not first and time.monotonic() - self.last < self.every or step + 1 == self.steps:
             return
         self.last, self.n = time.monotonic(), self.n + 1
-        z = z_BFCHW[0].float().cpu().numpy()
+        z = z_BFCHW[0].float().cpu().numpy().copy()
         if getattr(self.gen, "colours", None) is None:
             self.gen.colours = fitted(z, self.gen.decode(z_BFCHW, self.frames)[0].frames)
-        path = self.work.folder / f"preview-{self.n}.png"
+        self.work.beside(partial(self.publish, z, f"preview-{self.n}.png", step + 1))
+
+    def publish(self, z_FCHW, name: str, step: int) -> None:
+        "Draw the strip and let it be seen."
+        path = self.work.folder / name
         try:
-            picture(z, self.gen.colours).save(path)
-            self.work.claim.preview(path, step=step + 1, steps=self.steps)
+            picture(z_FCHW, self.gen.colours).save(path)
+            self.work.claim.preview(path, step=step, steps=self.steps)
         except (Unavailable, OSError):
             pass
 
@@ -148,8 +157,8 @@ def _tell(work: Work, heard) -> None:
     work.report(heard.stage, heard.done, heard.total, low + (high - low) * heard.fraction)
 
 
-def _make(work: Work) -> dict:
-    "Make the clip and write it to the job's folder; the output is the job's result so far."
+def _make(work: Work) -> Callable[[], dict]:
+    "Make the clip; what is returned writes it to the job's folder and gives the job's result."
     from vidgen.generate.generator import peak_gib
     from vidgen.serve.pool import wear
 
@@ -165,13 +174,11 @@ def _make(work: Work) -> dict:
         clip, = gen.generate(spec["prompt"], image, seed=spec.get("seed"), num_frames=asked["generated_frames"], cancel=work.cancel, callback=previews,
                              progress=lambda heard: _tell(work, heard), **{k: spec[k] for k in PASSED if spec.get(k) is not None})
     seconds = time.perf_counter() - start
-    peak = peak_gib(gen.parts.device)
-    measured(work.claim.jobs, asked["model"], asked["size"], round(1024 * peak.get("device", peak["host"])))
-    return _saved(work, clip, asked) | {"seconds": round(seconds, 3), "peak_gib": peak, "model": asked["model"].partition("+")[0]}
+    return partial(_saved, work, clip, asked, {"seconds": round(seconds, 3), "peak_gib": peak_gib(gen.parts.device), "model": asked["model"].partition("+")[0]})
 
 
-def _saved(work: Work, clip, asked: dict) -> dict:
-    "Write clip.mp4, cut to what was asked, and say what it is."
+def _saved(work: Work, clip, asked: dict, cost: dict) -> dict:
+    "Write clip.mp4, cut to what was asked, and say what it is and what it took."
     from vidgen.clip import Clip
 
     fps = float(work.spec.get("fps") or clip.fps)
@@ -179,7 +186,8 @@ def _saved(work: Work, clip, asked: dict) -> dict:
     path = work.folder / "clip.mp4"
     cut.save(path, overwrite=True)
     work.files[:] = [path]
-    return {"video": path.name, "frames": len(cut.frames), "fps": fps, "duration": len(cut.frames) / fps, "seed": clip.made["seed"], "warnings": list(clip.made["warnings"]),
+    measured(work.claim.jobs, asked["model"], asked["size"], round(1024 * cost["peak_gib"].get("device", cost["peak_gib"]["host"])))
+    return cost | {"video": path.name, "frames": len(cut.frames), "fps": fps, "duration": len(cut.frames) / fps, "seed": clip.made["seed"], "warnings": list(clip.made["warnings"]),
             "generated_frames": asked["generated_frames"], "width": cut.width, "height": cut.height, "weights": clip.made["weights"]}
 
 
