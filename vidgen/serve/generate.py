@@ -26,21 +26,22 @@ PASSED = ("negative_prompt", "height", "width", "num_inference_steps", "guidance
 def plan(spec: dict) -> dict:
     "{model, num_frames asked for, generated_frames, height, width, size} of a spec. ValueError for what the model can't do, with the nearest it can."
     from vidgen import settings
-    from vidgen.models.published import skeleton
+    from vidgen.models.family import family, read_configs
+    from vidgen.models.published import known, skeleton
 
     for word in spec:
         if word not in WORDS:
             raise unknown("key", word, WORDS)
     if not str(spec.get("prompt", "")).strip():
         raise ValueError("the prompt is empty: say what should be seen, e.g. 'a red circle moving right on a white background'")
-    entry, parts = skeleton(spec.get("model") or settings.get().model.name, "")
+    entry, folder = known(spec.get("model") or settings.get().model.name)
     if (entry.task == "i2v") != bool(spec.get("image")):
         raise ValueError(f"{entry.name} " + ("starts from a picture: give image" if entry.task == "i2v" else "makes clips from text and can't use an image"))
     if spec.get("adapter"):
         from vidgen.train.adapters import named
 
         named(spec["adapter"])
-    rules = parts.family.rules(parts.configs)
+    rules = family(entry.family).rules(read_configs(folder) if folder else skeleton(entry.name)[1].configs)
     asked = spec.get("num_frames") or entry.num_frames
     frames = next((n for n in rules.frames if n >= asked), asked) if spec.get("trim") else asked
     height, width = spec.get("height") or entry.height, spec.get("width") or entry.width

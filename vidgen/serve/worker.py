@@ -161,7 +161,7 @@ class Settings:
     poll: float = 0.2                    # seconds between looks when there is nothing to do
     modules: tuple[str, ...] = ("vidgen.serve.generate",)  # where kinds of jobs are defined
     most_mib: int | None = None          # memory the warm models may take together
-    pinned: tuple[str, ...] = ()         # models to load at once and never let go
+    pinned: tuple[str, ...] = ()         # models to load before anybody asks, and never let go
     redis: str = ""
     parent: int = 0                      # the worker stops when this process is gone
 
@@ -301,6 +301,7 @@ class Worker(_Doing):
         claim = self.jobs.claim(self.name, free_mib=self.free_mib(), slot=self.own.slot, warm=self.pool.warm) if self.waiting() else None
         if claim is None:
             self.make_room()
+            self.preload()
             return False
         rest = self.do(claim)
         self.ending = beside.submit(rest) if beside else rest()
@@ -314,6 +315,13 @@ class Worker(_Doing):
             return
         self.pool.clear()
         self.beat("idle")
+
+    def preload(self) -> None:
+        "Load the next of the models that are to be kept, while nobody waits: so the first job waits for its own model alone."
+        if name := next((n for n in self.own.pinned if n not in self.pool.warm), None):
+            self.beat("starting")
+            self.pool.get(name)
+            self.beat("idle")
 
     def run(self) -> None:
         "Until somebody says stop, or the process that started this one is gone."
@@ -361,9 +369,6 @@ def main(argument: str | None = None) -> None:
     worker = Worker(jobs, own, Pool(loader(own.device), own.most_mib, own.pinned), bell)
     signal.signal(signal.SIGTERM, worker.drain)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the supervisor decides
-    worker.beat("starting")
-    for name in own.pinned:
-        worker.pool.get(name)
     worker.beat("idle")
     worker.run()
     jobs.close()
