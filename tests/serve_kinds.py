@@ -3,6 +3,7 @@ import os
 import signal
 import time
 
+from vidgen.serve import score  # noqa: F401  registers its kind
 from vidgen.serve.kinds import Kind, Stage, register
 
 
@@ -51,3 +52,19 @@ def patient(work):
 
 
 register(Kind("patient", (Stage("wait", patient),)))
+
+
+def film(work):
+    "A clip of a square that moves, `frames` long: no model is needed."
+    import numpy as np
+
+    from vidgen.clip import Clip
+
+    frames = np.full((work.spec.get("frames", 5), 128, 192, 3), 255, np.uint8)
+    for t, frame in enumerate(frames):
+        frame[40:90, 4 * t % 140:4 * t % 140 + 50] = (220, 40, 40)
+    work.files[:] = [Clip(frames).save(work.folder / "clip.mp4", overwrite=True)]
+    return {"video": "clip.mp4", "frames": len(frames)}
+
+
+register(Kind("film", (Stage("make", film),), then=lambda spec: spec.get("then", ["score"])))

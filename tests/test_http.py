@@ -1,6 +1,7 @@
 """The HTTP side's contracts: routes, fields, status words and shapes, on the real tables and files."""
 import io
 import json
+import threading
 import time
 import zipfile
 
@@ -218,6 +219,29 @@ def test_generate_video_as_a_form_with_a_picture(http, service):
     assert said.json()["video_path"] == f"/artifacts/{job.id}.mp4" and said.json()["mode"] == "optimized" and said.json()["temporal_score"] == 0.9
     assert job.model == "shapes-i2v+optimized" and job.spec["num_inference_steps"] == 5 and job.spec["image"].startswith("file_")
     assert "passwd" not in str(service.jobs.kept(job.spec["image"]).path)
+
+
+def test_a_form_is_answered_when_its_clip_is_scored(http, service):
+    from vidgen.serve.score import note
+
+    def work():
+        while (claim := take(service)) is None:
+            time.sleep(0.02)
+        (claim.staging / "video.mp4").write_bytes(b"frames")
+        claim.publish([claim.staging / "video.mp4"], {"video": "video.mp4", "frames": 17, "fps": 8}, then=("score",))
+        time.sleep(0.5)
+        score = take(service)
+        note(service.jobs, score.job.spec["of"], temporal_score=0.75)
+        score.publish([], {})
+
+    worker = threading.Thread(target=work)
+    worker.start()
+    said = http.post("/generate-video", data={"prompt": PROMPT})
+    worker.join()
+    job, = service.jobs.list(kind="generate")
+    assert said.status_code == 200 and said.json()["temporal_score"] == 0.75 and said.json()["latency_seconds"] >= 0.5
+    assert http.get(f"/v1/jobs/{job.id}").json()["result"]["temporal_score"] == 0.75
+    assert [j["kind"] for j in http.get("/v1/jobs").json()["data"]] == ["generate"], "the job that scored is nobody's"
 
 
 def test_an_adapter_is_a_registered_name_and_no_path(http, service):

@@ -2,6 +2,8 @@
 import os
 import random
 import signal
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -14,7 +16,7 @@ from test_jobs import whole
 from vidgen.serve import lapse
 from vidgen.serve.jobs import Jobs
 from vidgen.serve.pool import Pool
-from vidgen.serve.supervisor import Slot, Supervisor, slots
+from vidgen.serve.supervisor import Slot, Supervisor, has_gpu, slots
 from vidgen.serve.worker import Settings, Worker
 
 
@@ -291,7 +293,8 @@ def test_a_clip_is_made_trimmed_scored_and_previewed(here):
     assert worker.once()
     done = jobs.get(job.id)
     assert done.state == "succeeded", done.error
-    assert (done.result["frames"], done.result["generated_frames"], done.result["seed"]) == (6, 9, 5) and "temporal_score" in done.result
+    assert (done.result["frames"], done.result["generated_frames"], done.result["seed"]) == (6, 9, 5) and "temporal_score" not in done.result
+    assert worker.once() and 0 < jobs.get(job.id).result["temporal_score"] <= 1, "measured when the clip was there"
     files = {a.name: a for a in jobs.artifacts(job.id)}
     assert len(Clip.open(files["clip.mp4"].path).frames) == 6 and files["preview-1.png"].tier == "temp" and files["clip.mp4"].owner == "ada"
     marks = [e.body["progress"] for e in jobs.events(job.id) if e.kind == "progress"]
@@ -458,4 +461,95 @@ def test_a_worker_that_says_nothing_is_killed(database, space):
         supervisor.posts.append(type("Post", (), {"process": process, "name": f"w{n}"})())
     supervisor.kill_disobedient()
     assert killed == [0]
+    jobs.close()
+
+
+def fresh(code):
+    "Run code in a process of its own; returns what it printed."
+    return subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.strip()
+
+
+@pytest.mark.skipif(has_gpu(), reason="torch is asked where a GPU may be")
+def test_the_supervisor_and_the_check_of_a_request_import_nothing_heavy():
+    heavy = "import sys; from vidgen.serve.supervisor import slots; from vidgen.serve.generate import plan; slots(); plan({'prompt': 'a red circle'}); print({'torch', 'diffusers'} & {*sys.modules})"
+    assert fresh(heavy) == "set()"
+
+
+def test_a_worker_loads_the_models_it_keeps_while_nobody_waits(database, space):
+    jobs, loaded = Jobs.open(database, space / "files", least_free_gib=0), []
+    worker = Worker(jobs, settings(database, space, name="w", pinned=("a", "b", "c")), Pool(lambda name: loaded.append(name) or Toy(1), pinned=("a", "b", "c")))
+    worker.once()
+    assert loaded == ["a"]
+    job = jobs.submit("noop", {})
+    worker.once()
+    assert jobs.get(job.id).state == "succeeded" and loaded == ["a"], "the job goes before the next model"
+    for _ in range(5):
+        worker.once()
+    assert loaded == ["a", "b", "c"]
+    jobs.close()
+
+
+def test_a_clip_is_published_beside_the_next_one(database, space):
+    from vidgen.serve.kinds import KINDS, Kind, Stage, register
+
+    told, free = [], threading.Event()
+
+    def make(work):
+        told.append(f"make {work.spec['n']}")
+        if work.spec["n"] == 1:
+            free.set()
+
+        def write():
+            free.wait(20)  # the first is not written before the second is begun
+            told.append(f"write {work.spec['n']}")
+            (work.folder / "x.txt").write_text("x")
+            work.files[:] = [work.folder / "x.txt"]
+            return {"n": work.spec["n"]}
+
+        return write
+
+    register(Kind("late", (Stage("make", make),)))
+    jobs = Jobs.open(database, space / "files", least_free_gib=0)
+    made = [jobs.submit("late", {"n": n}).id for n in range(3)]
+    worker = Worker(jobs, settings(database, space, name="w"), Pool(None))
+    thread = threading.Thread(target=worker.run)
+    thread.start()
+    until(lambda: all(jobs.get(j).ended for j in made))
+    worker.drain()
+    thread.join()
+    del KINDS["late"]
+    assert told.index("write 0") > told.index("make 1") and [jobs.get(j).result for j in made] == [{"n": n} for n in range(3)]
+    assert whole(jobs) == {"succeeded": 3} and all(len(jobs.artifacts(j)) == 1 for j in made) and jobs.orphans() == []
+    jobs.close()
+
+
+def test_a_canceled_job_is_not_published_though_it_was_made(database, space):
+    from vidgen.serve.kinds import KINDS, Kind, Stage, register
+
+    register(Kind("called", (Stage("make", lambda work: lambda: jobs.cancel(work.claim.job.id) and {"n": 1}),)))
+    jobs = Jobs.open(database, space / "files", least_free_gib=0)
+    job = jobs.submit("called", {})
+    Worker(jobs, settings(database, space, name="w"), Pool(None)).once()
+    del KINDS["called"]
+    assert jobs.get(job.id).state == "canceled" and jobs.get(job.id).result is None
+    jobs.close()
+
+
+def test_progress_is_told_twice_a_second_at_most_and_its_last_word_is_the_newest(database, space):
+    from vidgen.serve.kinds import KINDS, Kind, Stage, register
+
+    def steps(work):
+        for step in range(120):
+            work.report("step", step + 1, 120)
+            time.sleep(0.01)
+
+    register(Kind("steps", (Stage("walk", steps),)))
+    jobs = Jobs.open(database, space / "files", least_free_gib=0)
+    job = jobs.submit("steps", {})
+    Worker(jobs, settings(database, space, name="w"), Pool(None)).once()
+    del KINDS["steps"]
+    told = [e for e in jobs.events(job.id) if e.kind == "progress"]
+    spent = jobs.get(job.id).finished_at - jobs.get(job.id).started_at
+    assert 2 <= len(told) <= 2 * spent + 2
+    assert [e.body["progress"] for e in told] == sorted(e.body["progress"] for e in told)
     jobs.close()

@@ -7,10 +7,11 @@ __all__ = ['WAITING', 'commit', 'Claim']
 
 # %% ../../nbs/70_serve/723_claims.ipynb #7d17d613
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 from ..errors import Canceled
-from . import storage
+from . import requests, storage
 from .ledger import TRIES, Ledger, delay, end
 from .records import Job, Lost, Unavailable, record
 
@@ -122,8 +123,8 @@ class _Staged(_Held):
         self.done.pop(stage, None)
 
 # %% ../../nbs/70_serve/723_claims.ipynb #d12abeab
-def commit(ledger: Ledger, job_id: str, fence: int, rows: list[dict], result: dict) -> Job:
-    "Let a running job succeed with files that have their names already. Errors: Canceled if that was asked before, Lost."
+def commit(ledger: Ledger, job_id: str, fence: int, rows: list[dict], result: dict, then: Iterable[str] = ()) -> Job:
+    "Let a running job succeed with files that have their names already, and accept the kinds of jobs that follow it. Errors: Canceled if that was asked before, Lost."
     job = ledger.t.job.c
     told = ledger.tell(job_id, "succeeded", {"result": result}, *ledger.held(job_id, fence), job.cancel_requested.is_(False), **WAITING | dict(
         state="succeeded", progress=100.0, result=result, finished_at=ledger.now, message="", error=None))
@@ -136,6 +137,8 @@ def commit(ledger: Ledger, job_id: str, fence: int, rows: list[dict], result: di
         raise Lost(f"{job_id} is not held under fence {fence} any more")
     for row in rows:
         storage.add(ledger, row, published=True)
+    for kind in then:
+        requests.follow(ledger, job_id, kind)
     ledger.free(job_id)
     return record(Job, ledger.job(job_id))
 
@@ -143,12 +146,12 @@ def commit(ledger: Ledger, job_id: str, fence: int, rows: list[dict], result: di
 class Claim(_Staged):
     "A job under a fence, with a folder `staging` to write to. Every method raises Lost once somebody else has the job."
 
-    def publish(self, files, result: dict) -> Job:
-        "Succeed: the files and the result are there for all, at once. Errors: Canceled if that was asked before; a second time Lost."
+    def publish(self, files, result: dict, then: Iterable[str] = ()) -> Job:
+        "Succeed: the files and the result are there for all, at once; jobs of the kinds `then` follow. Errors: Canceled if that was asked before; a second time Lost."
         if self.published:
             raise self._lost()  # it would move new files over those that everybody sees
-        rows = storage.place_all(self.jobs, self, [Path(f) for f in files], result)
-        job = self._write(lambda ledger: commit(ledger, self.job.id, self.fence, rows, result))
+        rows = storage.place_all(self.jobs, self, [Path(f) for f in files], result, then)
+        job = self._write(lambda ledger: commit(ledger, self.job.id, self.fence, rows, result, then))
         self.published = True
         storage.clear(self.jobs.root, self.job.id, self.fence)
         return job

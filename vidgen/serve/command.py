@@ -197,12 +197,12 @@ def run(found: Settings, *, ready=None) -> None:
     log_to(found.folder(found.serve.logs) if found.serve.logs else None, "serve")
     with tempfile.TemporaryDirectory(prefix="vidgen-metrics-") as metrics:
         os.environ["PROMETHEUS_MULTIPROC_DIR"] = metrics
-        answering = Answering(sock, found.serve.api_processes)
-        answering.start()
-        boss = _boss(found, service.jobs, pinned)
+        boss, answering = _boss(found, service.jobs, pinned), Answering(sock, found.serve.api_processes)
         said = threading.Thread(target=_say, args=(found, address(found.serve.host, sock.getsockname()[1]), note, ready), daemon=True)
-        said.start()
         try:
+            boss.raise_dead()  # the workers first: what they must import takes longest
+            answering.start()
+            said.start()
             boss.run()
         except KeyboardInterrupt:
             print("stopping: workers hand back what they hold", file=sys.stderr)

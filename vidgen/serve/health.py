@@ -47,7 +47,7 @@ def health(service: Service) -> dict:
     counts, serve = service.jobs.counts(), service.settings
     states = counts["states"]
     return {"status": "ok" if counts["workers"] else "no workers", "model": serve.model.name, "device": serve.model.device, "cpu_usage": psutil.cpu_percent(), "memory_usage": psutil.virtual_memory().percent,
-            "gpu_usage": gpu_percent(), "active_jobs": states["running"], "completed_jobs": states["succeeded"], "failed_jobs": states["failed"], "queue_depth": states["queued"],
+            "gpu_usage": gpu_percent(), "active_jobs": states["running"], "completed_jobs": states["succeeded"], "failed_jobs": states["failed"], "queue_depth": sum(counts["queued"].values()),
             "workers": counts["workers"], "uptime": round(time.time() - service.started, 1)}
 
 # %% ../../nbs/70_serve/787_health.ipynb #43666009

@@ -28,6 +28,7 @@ class Work:
     stage: str = ""
     files: list[Path] = field(default_factory=list)  # what shall be published in the end
     told: float = 0.0
+    keeper: object = None         # says and does small things beside the work; None: at once
 
     @property
     def spec(self) -> dict:
@@ -47,13 +48,18 @@ class Work:
     def report(self, message: str = "", step: int = 0, steps: int = 0, share: float | None = None) -> None:
         "Say how far the stage is: `share` of it (default `step` of `steps`). Errors: Canceled when somebody asked to stop."
         self.cancel.check()
-        now = time.monotonic()
-        if now - self.told < 0.5 and 0 < step < steps:
-            return
-        self.told = now
         low, high = self.span
         body = {"stage": self.stage, "progress": round(low + (high - low) * ((step / steps if steps else 0.0) if share is None else share), 1), "message": message}
-        tell(self.claim, "progress", body | ({"step": step, "steps": steps} if steps else {}))
+        body |= {"step": step, "steps": steps} if steps else {}
+        if self.keeper:
+            self.keeper.say(body)
+        elif time.monotonic() - self.told >= 0.5 or not 0 < step < steps:
+            self.told = time.monotonic()
+            tell(self.claim, "progress", body)
+
+    def beside(self, act: Callable[[], object]) -> None:
+        "Do something small that the work need not wait for."
+        self.keeper.do(act) if self.keeper else act()
 
 
 def tell(claim, kind: str, body: dict) -> None:
@@ -68,7 +74,7 @@ def tell(claim, kind: str, body: dict) -> None:
 class Stage:
     "One step of a kind. The output of the last one is the job's result."
     name: str
-    run: Callable[[Work], dict | None]
+    run: Callable[[Work], dict | Callable | None]       # its output; the last stage may return a function that gives it and needs no device any more
     start: float = 0.0                                   # per cent when it begins
     end: float = 100.0                                   # and when it is done
     undo: Callable[[Work, dict | None], None] | None = None
@@ -82,6 +88,7 @@ class Kind:
     name: str
     stages: tuple[Stage, ...]
     check: Callable[[dict], object] | None = None        # ValueError for a spec that is none
+    then: Callable[[dict], Iterable[str]] | None = None  # kinds of jobs that follow one that has succeeded; nobody waits for them
 
     def asked(self, spec: dict) -> list[Stage]:
         "The stages a spec asks for."

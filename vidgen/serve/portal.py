@@ -16,6 +16,7 @@ from typing import Annotated, Literal
 from .guard import Problem, redraw
 from .native import accept_many, batch_jobs
 from .records import Job
+from .score import scored
 from .service import MOST_BATCH, Bound, Frames, Generation, Options, Prompted, Rate, Service, Text, artifact, body, checked, documented, preference, send_file, upload, wait
 
 # %% ../../nbs/70_serve/785_portal.ipynb #66bf3dfa
@@ -112,6 +113,8 @@ def _waiting(api, service: Service) -> None:
         job = await wait(service.jobs, job, preference(prefer, service.settings.serve.wait, service.settings.serve.wait))
         if not job.ended:
             return JSONResponse({"job_id": job.id, "status": STATUS[job.state], "status_url": f"{base(request)}/status/{job.id}"}, 202, {"Location": f"/status/{job.id}"})
+        if form:
+            job = await scored(service.jobs, job, service.settings.serve.wait - (time.monotonic() - start))
         return answered(job, base(request), time.monotonic() - start if form else None)
 
     @api.get("/artifacts/{filename}", tags=["generate-video"], summary="A clip by its file name", response_class=FileResponse)

@@ -283,7 +283,7 @@ def used_seconds(jobs, owner: str, window: float = 86400) -> float:
 
 
 def waiting(jobs, most: int) -> int:
-    "How many jobs are queued, counted up to `most`: asked with every submission, so it must not grow with the table."
+    "How many jobs are queued that somebody waits for, counted up to `most`: asked with every submission, so it must not grow with the table."
     with jobs.reading() as ledger:
         return requests.waiting(ledger, most)
 

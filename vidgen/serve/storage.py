@@ -96,17 +96,17 @@ def add(ledger: Ledger, row: dict, published: bool) -> None:
     ledger.run(t.insert().values(row | dict(published=published, created_at=ledger.now, expires_at=kept_until(ledger, row["tier"]))))
 
 # %% ../../nbs/70_serve/73_storage.ipynb #5f824446
-def place_all(jobs, claim, files: list[Path], result: dict) -> list[dict]:
-    "Move the files of a result to the tier videos; returns their rows."
+def place_all(jobs, claim, files: list[Path], result: dict, then=()) -> list[dict]:
+    "Move the files of a result to the tier videos; returns their rows. `then`: the kinds of jobs that follow."
     rows = [described(jobs, claim, f, "videos", "publish") for f in files]
-    atomic_write(claim.staging / FINISHED, json.dumps({"rows": rows, "result": result}, allow_nan=False))
+    atomic_write(claim.staging / FINISHED, json.dumps({"rows": rows, "result": result, "then": [*then]}, allow_nan=False))
     for row, file in zip(rows, files, strict=True):
         move(jobs.root, file, row["path"])
     return rows
 
 
-def finished(root: Path, job_id: str, fence: int) -> tuple[list[dict], dict] | None:
-    "Rows and result of a claim that had everything ready when it died, the files in their places; None if anything is missing or differs."
+def finished(root: Path, job_id: str, fence: int) -> tuple[list[dict], dict, list[str]] | None:
+    "Rows, result and followers of a claim that had everything ready when it died, the files in their places; None if anything is missing or differs."
     folder = root / "staging" / f"{job_id}.{fence}"
     try:
         note = json.loads((folder / FINISHED).read_text())
@@ -118,7 +118,7 @@ def finished(root: Path, job_id: str, fence: int) -> tuple[list[dict], dict] | N
                 return None
     except (OSError, ValueError, KeyError):
         return None
-    return note["rows"], note["result"]
+    return note["rows"], note["result"], note["then"]
 
 
 def clear(root: Path, job_id: str, fence: int) -> None:

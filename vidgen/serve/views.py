@@ -10,6 +10,7 @@ from pathlib import Path
 
 from ..errors import need, unknown
 from .ledger import Ledger
+from .requests import LAST
 from .records import STATES, Artifact, Event, Job, NotFound, record
 
 # %% ../../nbs/70_serve/722_views.ipynb #0b81354e
@@ -63,11 +64,12 @@ def artifact(root: Path, ledger: Ledger, artifact_id: str, owner: str | None = N
 
 
 def counts(ledger: Ledger) -> dict:
-    "See `Jobs.counts`: {states: {state: n}, queued: {priority: n}, oldest: seconds, running: n, workers: n}. Every state is there."
+    "See `Jobs.counts`: {states: {state: n}, queued: {priority: n}, oldest: seconds, running: n, workers: n}. Every state is there; `queued` and `oldest` leave out what nobody waits for."
     sa, t = need("sqlalchemy", "serve"), ledger.t
     job, count = t.job.c, sa.func.count()
     states = dict.fromkeys(STATES, 0) | dict(ledger.run(sa.select(job.state, count).group_by(job.state)).all())
-    queued = dict(ledger.run(sa.select(job.priority, count).where(job.state == "queued").group_by(job.priority)).all())
-    oldest = ledger.run(sa.select(sa.func.min(job.created_at)).where(job.state == "queued", job.not_before <= ledger.now)).scalar()
+    waits = (job.state == "queued", job.priority > LAST)
+    queued = dict(ledger.run(sa.select(job.priority, count).where(*waits).group_by(job.priority)).all())
+    oldest = ledger.run(sa.select(sa.func.min(job.created_at)).where(*waits, job.not_before <= ledger.now)).scalar()
     workers = ledger.run(sa.select(count).select_from(t.worker).where(t.worker.c.heartbeat > ledger.now - 60)).scalar()
     return {"states": states, "queued": queued, "oldest": 0.0 if oldest is None else max(0.0, ledger.now - oldest), "running": states["running"], "workers": workers}

@@ -14,15 +14,20 @@ import socket
 import sys
 import threading
 import time
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 from ..errors import Canceled, CorruptWeights, DoesNotFit
 from ..progress import Cancel
 from . import measures, storage
 from .jobs import Jobs
-from .kinds import Work, kind, learn
+from .kinds import Work, kind, learn, tell
 from .pool import Pool
 from .records import DISK, Lost, Unavailable
+from .requests import LAST
 
 # %% ../../nbs/70_serve/75_worker.ipynb #16c69622
 def verdict(err: BaseException) -> tuple[dict, bool, float | None]:
@@ -45,22 +50,37 @@ def verdict(err: BaseException) -> tuple[dict, bool, float | None]:
 
 # %% ../../nbs/70_serve/75_worker.ipynb #6aaeb9ff
 class Keeper(threading.Thread):
-    "Renews the lease of a claim, and presses `cancel` when somebody asks to stop or the claim is `lost`. A context manager."
+    "Renews the lease of a claim, tells its progress, and presses `cancel` when somebody asks to stop, the claim is `lost`, or `wanted()` says that the slot is. A context manager."
 
-    def __init__(self, claim, cancel: Cancel, beat, look: float = 0.2):
+    def __init__(self, claim, cancel: Cancel, beat, look: float = 0.2, wanted=None, pause: float = 0.5):
         super().__init__(daemon=True)
-        self.claim, self.cancel, self.beat, self.look, self.lost, self.over = claim, cancel, beat, look, False, threading.Event()
+        self.claim, self.cancel, self.beat, self.look, self.wanted, self.pause = claim, cancel, beat, look, wanted, pause
+        self.over, self.news, self.lost, self.body, self.acts, self.speaking = threading.Event(), threading.Event(), False, None, deque(), threading.Lock()
+        self.told, self.looked, self.renewed = 0.0, 0.0, time.monotonic()
+
+    def say(self, body: dict) -> None:
+        "Tell this progress, unless a newer one comes before it is time: once in `pause` seconds."
+        self.body = body
+        if time.monotonic() - self.told >= self.pause:
+            self.news.set()
+
+    def do(self, act) -> None:
+        "Call `act()` in this thread, soon."
+        self.acts.append(act)
+        self.news.set()
+
+    def hush(self) -> None:
+        "Say and do nothing more: the job is about to end, and what came after the end would be a file without a row."
+        with self.speaking:
+            self.body = None
+            self.acts.clear()
 
     def run(self) -> None:
-        renewed = time.monotonic()
-        while not self.over.wait(self.look):
+        while not self.over.is_set():
+            self.news.wait(self.look)
+            self.news.clear()
             try:
-                if time.monotonic() - renewed > self.claim.jobs.lease / 4:
-                    self.claim.renew()
-                    self.beat()
-                    renewed = time.monotonic()
-                if self.claim.cancel_requested():
-                    self.cancel.cancel("asked")
+                self.tick(time.monotonic())
             except Lost:
                 self.lost = True
                 self.cancel.cancel("lost")
@@ -68,17 +88,37 @@ class Keeper(threading.Thread):
             except Unavailable:
                 pass  # the database may come back before the lease is over
 
+    def tick(self, now: float) -> None:
+        "What is due."
+        if now - self.renewed > self.claim.jobs.lease / 4:
+            self.claim.renew()
+            self.beat()
+            self.renewed = now
+        if now - self.looked >= self.look:
+            self.looked = now
+            if self.claim.cancel_requested():
+                self.cancel.cancel("asked")
+            if self.wanted and self.wanted():
+                self.cancel.cancel("wanted")
+        with self.speaking:
+            while self.acts:
+                self.acts.popleft()()
+            if self.body and now - self.told >= self.pause:
+                self.told, body, self.body = now, self.body, None
+                tell(self.claim, "progress", body)
+
     def __enter__(self):
         self.start()
         return self
 
     def __exit__(self, *_):
         self.over.set()
+        self.news.set()
         self.join(timeout=30)
 
 # %% ../../nbs/70_serve/75_worker.ipynb #19825c0b
-def perform(work: Work, stages) -> None:
-    "Run the stages that are not done, then publish."
+def perform(work: Work, stages, then=()) -> Callable[[], object]:
+    "Run the stages that are not done. What is returned publishes, needs no device any more, and lets jobs of the kinds `then` follow."
     claim, result = work.claim, None
     for i, stage in enumerate(stages):
         if stage.name in work.done:
@@ -89,8 +129,10 @@ def perform(work: Work, stages) -> None:
         with measures.stage(stage.name):
             result = stage.run(work) or {}
         if i < len(stages) - 1 or stage.undo:
+            result = result() if callable(result) else result
             claim.stage(stage.name, stage.keep(work) if stage.keep else (), output=result, undo=stage.undo is not None)
-    claim.publish(work.files, result)
+    found = result if callable(result) else lambda: result
+    return lambda: claim.publish(work.files, found(), then)
 
 
 def roll_back(work: Work, stages) -> None:
@@ -119,7 +161,7 @@ class Settings:
     poll: float = 0.2                    # seconds between looks when there is nothing to do
     modules: tuple[str, ...] = ("vidgen.serve.generate",)  # where kinds of jobs are defined
     most_mib: int | None = None          # memory the warm models may take together
-    pinned: tuple[str, ...] = ()         # models to load at once and never let go
+    pinned: tuple[str, ...] = ()         # models to load before anybody asks, and never let go
     redis: str = ""
     parent: int = 0                      # the worker stops when this process is gone
 
@@ -130,7 +172,7 @@ class _Slot:
     def __init__(self, jobs: Jobs, settings: Settings, pool: Pool, bell=None):
         self.jobs, self.own, self.pool, self.bell = jobs, settings, pool, bell
         self.name = settings.name or f"{socket.gethostname()}-{os.getpid()}"
-        self.stop, self.cancel, self.beaten = threading.Event(), None, 0.0
+        self.stop, self.cancel, self.beaten, self.held, self.ending = threading.Event(), None, 0.0, (), None
 
     def drain(self, *_) -> None:
         "Take up nothing more, and hand back what is running at its next step."
@@ -145,7 +187,7 @@ class _Slot:
             values = dict(heartbeat=ledger.now, resident_mib=self.pool.held_mib, warm=list(self.pool.warm), state=state)
             if not ledger.run(t.update().where(t.c.id == self.name).values(values)).rowcount:
                 ledger.run(t.insert().values(id=self.name, host=socket.gethostname(), pid=os.getpid(), device=self.own.slot, **values))
-        self.beaten = time.monotonic()
+        self.beaten, self.held = time.monotonic(), self.pool.warm
 
     def free_mib(self) -> int | None:
         "What the driver says is free, and what this worker could give back; None on a CPU."
@@ -155,63 +197,72 @@ class _Slot:
 
         return torch.cuda.mem_get_info(self.own.device)[0] // 2**20 + self.pool.held_mib
 
-    def waiting(self, **where) -> bool:
-        "Is there anything in the queue, with these values in its row? Asked before claiming, for asking locks nothing."
+    def waiting(self, above: int = LAST - 1, **where) -> bool:
+        "Is there anything in the queue with a priority above this one, and these values in its row? Asked before claiming, for asking locks nothing."
         with self.jobs.reading() as ledger:
             t = ledger.t.job
-            asked = t.select().where(t.c.state == "queued", t.c.not_before <= ledger.now, *(t.c[name] == value for name, value in where.items()))
+            asked = t.select().where(t.c.state == "queued", t.c.not_before <= ledger.now, t.c.priority > above, *(t.c[name] == value for name, value in where.items()))
             return ledger.run(asked.limit(1)).first() is not None
 
 # %% ../../nbs/70_serve/75_worker.ipynb #b3eb9020
-class Worker(_Slot):
-    "Takes up jobs, one after the other, until it is told to stop."
+class _Doing(_Slot):
+    "What a worker does with a claim."
 
-    def once(self) -> bool:
-        "Do one job if there is one; returns whether there was."
-        if time.monotonic() - self.beaten > 15:
-            self.beat("idle")
-        claim = self.jobs.claim(self.name, free_mib=self.free_mib(), slot=self.own.slot, warm=self.pool.warm) if self.waiting() else None
-        if claim is None:
-            self.make_room()
-            return False
-        self.do(claim)
-        return True
-
-    def make_room(self) -> None:
-        "Let go of warm models when a large job has booked this device and waits for the memory."
-        if not self.pool.warm or not self.waiting(booked=self.own.slot):
-            return
-        self.pool.clear()
-        self.beat("idle")
-
-    def do(self, claim) -> None:
-        "Bring a claim as far as it goes."
+    def do(self, claim) -> Callable[[], None]:
+        "Bring a claim as far as the slot is needed; what is returned brings it to its end."
         claim.patience, self.cancel = 600.0, Cancel()
         if self.stop.is_set():
             self.cancel.cancel("drained")
-        with Keeper(claim, self.cancel, self.beat) as keeper:
-            try:
-                work = Work(claim, self.cancel, self.pool, self.own.device)
-                stages = kind(claim.job.kind).asked(claim.job.spec)
-                roll_back(work, stages) if claim.ending else perform(work, stages)
-            except Lost:
-                pass
-            except Canceled:
-                self.stopped(claim, keeper)
-            except Unavailable:
-                claim.release("the database was away")
-            except Exception as err:
-                self.failed(claim, err)
-        self.cancel = None
+        last = claim.job.priority <= LAST  # nobody waits for it, so it leaves when somebody waits for the slot
+        keeper = Keeper(claim, self.cancel, self.beat, wanted=(lambda: self.waiting(LAST)) if last else None)
+        with ExitStack() as kept:
+            kept.enter_context(keeper)
+            rest = self.carefully(claim, keeper, lambda: self.work(claim, keeper))
+            self.cancel, kept = None, kept.pop_all()
+        return lambda: self.finish(claim, keeper, rest, kept)
+
+    def work(self, claim, keeper: Keeper) -> Callable[[], object] | None:
+        "Run the stages of a job, or undo them; what is returned publishes."
+        asked, work = kind(claim.job.kind), Work(claim, keeper.cancel, self.pool, self.own.device, keeper=keeper)
+        stages = asked.asked(claim.job.spec)
+        return roll_back(work, stages) if claim.ending else perform(work, stages, asked.then(claim.job.spec) if asked.then else ())
+
+    def finish(self, claim, keeper: Keeper, rest, kept: ExitStack) -> None:
+        "Publish, and let go of the claim."
+        with kept:
+            if rest:
+                self.carefully(claim, keeper, rest)
         storage.clear(self.jobs.root, claim.job.id, claim.fence)
-        if self.pool.warm:
-            self.beat("idle")
+
+    def carefully(self, claim, keeper: Keeper, act):
+        "What `act()` returns. If it fails, None: the job ends or waits again, whatever the reason says."
+        try:
+            try:
+                return act()
+            finally:
+                keeper.hush()
+        except Lost:
+            pass
+        except Canceled:
+            self.stopped(claim, keeper)
+        except Unavailable:
+            self.release(claim, "the database was away")
+        except Exception as err:
+            self.failed(claim, err)
 
     def stopped(self, claim, keeper) -> None:
-        "The token was pressed: by a client, by SIGTERM, or because the claim is lost."
+        "The token was pressed: by a client, by SIGTERM, for somebody who comes first, or because the claim is lost."
+        why = {"drained": "the worker was stopped", "wanted": "something else comes first"}.get(keeper.cancel.reason)
         try:
             if not keeper.lost:
-                claim.canceled() if self.cancel.reason != "drained" or claim.cancel_requested() else claim.release("the worker was stopped")
+                claim.release(why) if why and not claim.cancel_requested() else claim.canceled()
+        except Lost:
+            pass
+
+    def release(self, claim, why: str) -> None:
+        "Hand a claim back, if it is still held."
+        try:
+            claim.release(why)
         except Lost:
             pass
 
@@ -239,21 +290,64 @@ class Worker(_Slot):
             ledger.run(t.update().where(*ledger.held(claim.job.id, claim.fence)).values(memory_mib=round(1.2 * max(1, claim.job.memory_mib))))
         return True
 
+# %% ../../nbs/70_serve/75_worker.ipynb #e8138386
+class Worker(_Doing):
+    "Takes up jobs, one after the other, until it is told to stop."
+
+    def once(self, beside: ThreadPoolExecutor | None = None) -> bool:
+        "Do one job if there is one; returns whether there was. What needs no device at its end is left to `beside`, if given."
+        if time.monotonic() - self.beaten > 15:
+            self.beat("idle")
+        claim = self.jobs.claim(self.name, free_mib=self.free_mib(), slot=self.own.slot, warm=self.pool.warm) if self.waiting() else None
+        if claim is None:
+            self.make_room()
+            self.preload()
+            return False
+        rest = self.do(claim)
+        self.ending = beside.submit(rest) if beside else rest()
+        if self.held != self.pool.warm:
+            self.beat("idle")
+        return True
+
+    def make_room(self) -> None:
+        "Let go of warm models when a large job has booked this device and waits for the memory."
+        if not self.pool.warm or not self.waiting(booked=self.own.slot):
+            return
+        self.pool.clear()
+        self.beat("idle")
+
+    def preload(self) -> None:
+        "Load the next of the models that are to be kept, while nobody waits: so the first job waits for its own model alone."
+        if name := next((n for n in self.own.pinned if n not in self.pool.warm), None):
+            self.beat("starting")
+            self.pool.get(name)
+            self.beat("idle")
+
     def run(self) -> None:
         "Until somebody says stop, or the process that started this one is gone."
-        while not self.stop.is_set():
-            try:
-                busy = self.once()
-            except Unavailable:
-                busy = False
-            if busy:
-                time.sleep(random.uniform(0, 0.02))  # SQLite's lock is not fair; this is
-            elif self.bell:
-                self.bell.wait(self.own.poll)
-            else:
-                self.stop.wait(self.own.poll * random.uniform(0.8, 1.2))
-            if self.own.parent and os.getppid() != self.own.parent:
-                self.stop.set()
+        with ThreadPoolExecutor(1, thread_name_prefix="vidgen-publish") as beside:
+            while not self.stop.is_set():
+                self.turn(beside)
+                if self.own.parent and os.getppid() != self.own.parent:
+                    self.stop.set()
+
+    def turn(self, beside: ThreadPoolExecutor) -> None:
+        "One job, or a pause if there was none."
+        before, start = self.ending, time.monotonic()
+        try:
+            busy = self.once(beside)
+            if before:
+                before.result()  # no more than one job is published while the next one is made
+        except Unavailable:
+            busy = False
+        if busy and time.monotonic() - start < 0.1:
+            time.sleep(random.uniform(0, 0.02))  # SQLite's lock is not fair; this is
+        elif not busy and before:
+            self.ending = None  # what it held may have been what the next one needs: look again
+        elif not busy and self.bell:
+            self.bell.wait(self.own.poll)
+        elif not busy:
+            self.stop.wait(self.own.poll * random.uniform(0.8, 1.2))
 
 # %% ../../nbs/70_serve/75_worker.ipynb #5835a09e
 def main(argument: str | None = None) -> None:
@@ -275,9 +369,6 @@ def main(argument: str | None = None) -> None:
     worker = Worker(jobs, own, Pool(loader(own.device), own.most_mib, own.pinned), bell)
     signal.signal(signal.SIGTERM, worker.drain)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the supervisor decides
-    worker.beat("starting")
-    for name in own.pinned:
-        worker.pool.get(name)
     worker.beat("idle")
     worker.run()
     jobs.close()
