@@ -82,7 +82,13 @@ def test_pages_of_jobs_are_cut_by_id_and_filtered(http, service):
 def test_prefer_wait_waits_for_the_end(http, service):
     import threading
 
-    threading.Timer(0.3, finish, [service]).start()
+    def worked():
+        time.sleep(0.3)
+        while not service.jobs.list(state="queued"):
+            time.sleep(0.05)
+        finish(service)
+
+    threading.Thread(target=worked).start()
     start = time.monotonic()
     done = http.post("/v1/jobs", json={"spec": {"prompt": PROMPT}}, headers={"Prefer": "wait=10"}).json()
     assert done["state"] == "succeeded" and 0.2 < time.monotonic() - start
