@@ -232,9 +232,9 @@ def heard_by_wandb(folder: Path) -> tuple[set[tuple[str, int | None]], int]:
         from wandb.proto import wandb_internal_pb2 as proto
 
         for record in _whole_records(file.read_bytes()):
-            row = {item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in proto.Record.FromString(record).history.item}
-            known |= {(name, None if isinstance(value, dict) else row.get("step")) for name, value in row.items()}
-            end = max(end, row.get("_step", -1) + 1)
+            row = {tuple(item.nested_key) or (item.key,): json.loads(item.value_json) for item in proto.Record.FromString(record).history.item}
+            known |= {(name, None if facts else row.get(("step",))) for name, *facts in row}  # of a film several facts: its path, its size
+            end = max(end, row.get(("_step",), -1) + 1)
     return known, end
 
 # %% ../nbs/02_runs.ipynb #5e984058
