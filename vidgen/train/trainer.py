@@ -251,11 +251,11 @@ class Training:
         if r.validate_every and state.step % r.validate_every == 0:
             found = self.held()
             record(state, run, "held", None, **{f"loss/{k}": v for k, v in found.items()})
+            if worse := self.risen(found["mean"]):
+                raise halt(state, Shelf(self.folder, r.keep), worse)
             if improved(state.facts, found["mean"], state.step):
                 Shelf(self.folder, r.keep, writes=self.team.rank == 0).save(state, best=True)
             stop = bool(r.patience and state.facts["worse"] >= r.patience)
-            if worse := self.risen(found["mean"]):
-                raise halt(state, Shelf(self.folder, r.keep), worse)
             if self.told:
                 self.told(self, found)
         if r.sample_every and state.step % r.sample_every == 0:
