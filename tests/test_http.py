@@ -130,6 +130,15 @@ def test_events_as_a_page(http, service):
     assert [r["seq"] for r in http.get(job["links"]["events"], params={"after": 2}).json()["data"]] == [r["seq"] for r in rows if r["seq"] > 2]
 
 
+def test_a_number_no_event_will_ever_have_is_merely_the_end(http, service):
+    job = ask(http)
+    finish(service)
+    for far in (2**31 - 1, 2**31, 2**53):
+        assert http.get(job["links"]["events"], params={"after": far}).json() == {"data": []}
+        for head in ({"Last-Event-ID": str(far)}, {"Last-Event-ID": str(far * 2**40)}):
+            assert http.get(job["links"]["events"], headers={"Accept": "text/event-stream"} | head).status_code in (204, 422)
+
+
 # S1
 
 def test_generate_status_video(http, service):
