@@ -95,6 +95,21 @@ def test_prefer_wait_waits_for_the_end(http, service):
     assert http.post("/v1/jobs", json={"spec": {"prompt": PROMPT}}, headers={"Prefer": "wait=0"}).json()["state"] == "queued"
 
 
+def test_cancel_after_stops_a_job_and_has_bounds(http, service):
+    ask = lambda after: http.post("/v1/jobs", json={"spec": {"prompt": PROMPT}}, headers={"Cancel-After": after})  # noqa: E731
+    job = ask("60").json()
+    assert job["cancel_at"] == pytest.approx(job["created_at"] + 60) and http.post("/v1/jobs", json={"spec": {"prompt": PROMPT}}).json()["cancel_at"] is None
+    for wrong in ("4", "86401", "1m", "-5", "nan", "inf", "1e9", "60.5"):
+        refused = ask(wrong)
+        assert refused.status_code == 422 and "cancel-after" in refused.json()["detail"].lower(), (wrong, refused.text)
+    assert ask("5").status_code == ask("86400").status_code == 202
+    with service.jobs.writing() as ledger:
+        ledger.run(ledger.t.job.update().where(ledger.t.job.c.id == job["id"]).values(cancel_at=1.0))
+    service.jobs.expire()
+    now = http.get(job["links"]["self"]).json()
+    assert now["state"] == "canceled" and now["error"]["code"] == "cancel_after"
+
+
 def test_a_batch_is_accepted_whole_or_not_at_all(http, service):
     bad = http.post("/v1/batches", json={"specs": [{"prompt": PROMPT}, {"prompt": PROMPT, "num_frames": 16}]})
     assert bad.status_code == 422 and http.get("/v1/jobs").json()["data"] == []
