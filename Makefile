@@ -47,18 +47,27 @@ $(VENV)/.track: $(READY)
 	@$(BIN)/python -m pip install --progress-bar off -e '.[track,ray]' > $(VENV)/track.log 2>&1 || { tail -n 15 $(VENV)/track.log; exit 1; }
 	@touch $@
 
-services: ## install what test-services needs from Debian: PostgreSQL, Redis, Prometheus (promtool), Chromium
-	@if [ "$$(id -u)" = 0 ]; then sudo=; else sudo=sudo; fi; \
-	command -v apt-get >/dev/null || { echo "this needs Debian or Ubuntu; elsewhere install PostgreSQL, Redis, promtool and Chromium by hand"; exit 1; }; \
-	$$sudo apt-get update -q && DEBIAN_FRONTEND=noninteractive $$sudo apt-get install -q -y --no-install-recommends postgresql redis-server prometheus chromium
+$(VENV)/.services: $(READY)
+	@echo "installing what drives the browser and fuzzes the API into $(VENV)"
+	@$(BIN)/python -m pip install --progress-bar off -e '.[services]' > $(VENV)/services.log 2>&1 || { tail -n 15 $(VENV)/services.log; exit 1; }
+	@touch $@
 
-test-services: $(READY) ## tests against private servers on loopback: PostgreSQL, Redis, a browser
-	@missing=; for program in redis-server promtool chromium; do command -v $$program >/dev/null || missing="$$missing $$program"; done; \
-	ls /usr/lib/postgresql/*/bin/initdb >/dev/null 2>&1 || command -v initdb >/dev/null || missing="$$missing initdb"; \
-	[ -z "$$missing" ] || { echo "missing:$$missing; \`make services\` installs them from Debian's packages"; exit 1; }
-	@HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -m "services and not slow" --durations=5 tests
+# program:package of Debian, for all that test-services needs; what is not there of it
+SERVERS := initdb:postgresql redis-server:redis-server promtool:prometheus chromium:chromium cc:build-essential
+ABSENT = $$(for pair in $(SERVERS); do program=$${pair%%:*}; command -v "$$program" >/dev/null || ls /usr/lib/postgresql/*/bin/"$$program" >/dev/null 2>&1 || echo "$$pair"; done)
 
-soak: $(VENV)/.track ## the slow tests: the classic flow engine, real trackers, workers and trials of Ray, kill loops, 120,000 random events
+services: ## install what test-services needs from Debian: PostgreSQL, Redis, Prometheus (promtool), Chromium, a C compiler
+	@absent="$(ABSENT)"; [ -n "$$absent" ] || { echo "all there: $(SERVERS)"; exit 0; }; \
+	command -v apt-get >/dev/null || { echo "missing (program:package of Debian):" $$absent; echo "without apt-get: install them by hand, then \`make test-services\`"; exit 1; }; \
+	sudo=; [ "$$(id -u)" = 0 ] || sudo=sudo; echo "installing" $$absent; \
+	$$sudo apt-get update -q || true; for pair in $$absent; do $$sudo env DEBIAN_FRONTEND=noninteractive apt-get install -q -y --no-install-recommends "$${pair#*:}" || true; done; \
+	absent="$(ABSENT)"; [ -z "$$absent" ] || { echo "could not be installed (program:package of Debian):" $$absent; exit 1; }
+
+test-services: $(VENV)/.services ## tests against private servers on loopback: PostgreSQL, Redis, a browser
+	@absent="$(ABSENT)"; [ -z "$$absent" ] || { echo "missing (program:package of Debian):" $$absent; echo "\`make services\` installs them; nothing was tested"; exit 1; }
+	@HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -m "services and not slow" -n auto --maxprocesses 4 --dist loadfile --durations=8 tests
+
+soak: $(VENV)/.track $(VENV)/.services ## the slow tests: the classic flow engine, real trackers, workers and trials of Ray, kill loops, 120,000 random events
 	@HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -m slow tests
 
 lab: $(READY) ## JupyterLab on the notebooks

@@ -42,3 +42,24 @@ def database(request, space):
         yield request.getfixturevalue("postgres").database(f"t{secrets.token_hex(6)}")
         return
     yield f"sqlite:///{space / 'vidgen.db'}"
+
+
+@pytest.fixture
+def opened(database, tmp_path):
+    "What opens a Service on an empty database, with settings as serve_queued=5: the suites over HTTP run on SQLite and, by `make test-services`, on PostgreSQL."
+    from serving import opened
+
+    made = []
+
+    def another(**values):
+        made.append(opened(tmp_path, database_url=database, **values))
+        return made[-1]
+
+    yield another
+    for service in made:
+        service.jobs.close()
+
+
+@pytest.fixture
+def service(opened):
+    return opened()

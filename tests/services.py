@@ -1,4 +1,5 @@
 """Private servers on loopback for tests: PostgreSQL and Redis, started from Debian's packages and thrown away afterwards."""
+import importlib
 import os
 import pwd
 import shutil
@@ -20,10 +21,23 @@ def program(name, package, *places):
     return found
 
 
+def package(name):
+    "Import what the extra `services` brings; a missing one fails the test and says what to install."
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        pytest.fail(f"{name.partition('.')[0]} is missing: pip install 'vidgen[services]'", pytrace=False)
+
+
 def free_port():
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         return sock.getsockname()[1]
+
+
+def somebody():
+    "A user without rights: that of Debian's package, or nobody."
+    return next(name for name in ("postgres", "nobody") if name in {user.pw_name for user in pwd.getpwall()})
 
 
 class Postgres:
@@ -33,9 +47,9 @@ class Postgres:
         self.initdb = program("initdb", "postgresql", "usr/lib/postgresql/*/bin/initdb")
         self.ctl = str(Path(self.initdb).with_name("pg_ctl"))
         self.folder, self.port = Path(tempfile.mkdtemp(prefix="vidgen-pg-", dir="/dev/shm" if os.path.isdir("/dev/shm") else None)), free_port()
-        self.user = {"user": "postgres"} if os.getuid() == 0 else {}  # the server refuses to run as root
+        self.user = {"user": somebody()} if os.getuid() == 0 else {}  # the server refuses to run as root
         if self.user:
-            os.chown(self.folder, pwd.getpwnam("postgres").pw_uid, -1)
+            os.chown(self.folder, pwd.getpwnam(self.user["user"]).pw_uid, -1)
         self.run(self.initdb, "-D", self.folder / "data", "-A", "trust", "-U", "vidgen", "--no-sync", "-E", "UTF8")
         with open(self.folder / "data/postgresql.conf", "a") as conf:
             conf.write(f"port = {self.port}\nlisten_addresses = '127.0.0.1'\nunix_socket_directories = ''\nmax_connections = 200\nlogging_collector = off\n")
@@ -49,8 +63,12 @@ class Postgres:
     def start(self):
         subprocess.run([self.ctl, "-D", self.folder / "data", "-l", self.folder / "log", "-w", "start"], cwd="/", stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, timeout=60, **self.user)
 
-    def restart(self, down=0.2):
+    def crash(self):
+        "Stop at once; what was not committed is gone."
         self.run(self.ctl, "-D", self.folder / "data", "-m", "immediate", "-w", "stop")
+
+    def restart(self, down=0.2):
+        self.crash()
         time.sleep(down)
         self.start()
 

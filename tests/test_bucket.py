@@ -1,16 +1,18 @@
 """A store in a bucket against a server of its protocol on this machine: verbs, faults, and a training that is copied, lost and gone on with."""
 import json
 import shutil
+import signal
+import threading
 import warnings
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_training import TINY
+from test_training import TINY, started, the_run, until
 
 import vidgen
-from vidgen.bucket import Mirror, S3Store, at_hand, fetched
+from vidgen.bucket import Copying, Mirror, S3Store, at_hand, fetched
 from vidgen.store import LocalStore, open_store
 from vidgen.train import adapters, trainer
 from vidgen.train.config import Recipe
@@ -39,6 +41,33 @@ def lab(server, tmp_path, monkeypatch):
     bucket = f"lab{hash(tmp_path) % 10**8}"
     S3Store(bucket).client.create_bucket(Bucket=bucket)
     return f"s3://{bucket}"
+
+
+class Gate:
+    "A server of the protocol that takes nothing until the gate is open; who waits for long breaks it open and is counted."
+
+    def __init__(self, server):
+        self.app, self.opened, self.patience, self.late, self.arrived, self.seen = server._server.app, threading.Event(), 30, 0, 0, []
+        server._server.app = self
+
+    def __call__(self, environ, respond):
+        self.arrived += environ["REQUEST_METHOD"] == "PUT"
+        if environ["REQUEST_METHOD"] == "PUT" and not self.opened.wait(self.patience):
+            self.late += 1
+            self.opened.set()
+        self.seen += [environ["PATH_INFO"].split("/", 3)[-1]] if environ["REQUEST_METHOD"] == "PUT" else []
+        return self.app(environ, respond)
+
+
+@pytest.fixture
+def gate(lab, tmp_path, monkeypatch):
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    to(monkeypatch, tmp_path, "http://{}:{}".format(*server.get_host_and_port()))
+    yield Gate(server)
+    server.stop()
 
 
 @pytest.mark.parametrize("kind", ["folder", "bucket"])
@@ -149,6 +178,56 @@ def test_another_machine_goes_on_from_the_bucket_to_the_same_bits(lab, tmp_path,
     assert adapters.read_adapter(f"{lab}/runs/{run.path.name}/adapter").hash == gen.adapters["far"]["hash"] == done.adapter.hash
     with pytest.raises(FileNotFoundError, match="holds 0 files"):
         at_hand(f"{lab}/nothing")
+
+
+def test_a_slow_store_holds_up_no_step(lab, gate, tmp_path, monkeypatch):
+    "Nothing is taken before the training has made its last step; at its end all of it is there, and a checkpoint never before what is needed to read it."
+    plain = trainer.Training.watch
+    monkeypatch.setattr(trainer.Training, "watch", lambda self, state: (gate.opened.set() if state.step == 4 else None) or plain(self, state))
+    monkeypatch.setenv("VIDGEN_STORAGE_RUNS", str(tmp_path))
+    done = trainer.train(Recipe(**TINY | dict(steps=4, save_every=1, validate_every=0, store=f"{lab}/runs")))
+    assert not gate.late
+    here = {f"{done.run.path.name}/{p.relative_to(done.run.path)}" for p in done.run.path.rglob("*") if p.is_file() and "encoded" not in p.parts}
+    store = open_store(f"{lab}/runs")
+    assert set(store.list()) == here and all(store.get(k) == (tmp_path / k).read_bytes() for k in here if "/checkpoints/" in k or k.endswith(".json"))
+    first = next(i for i, name in enumerate(gate.seen) if "/checkpoints/" in name)
+    assert {"training.json", "before.json", "metrics.jsonl"} <= {name.rpartition("/")[2] for name in gate.seen[:first]}
+
+
+def test_a_training_that_is_asked_to_stop_waits_for_its_last_copy(lab, gate, tmp_path):
+    (tmp_path / "r.yaml").write_text(json.dumps(TINY | dict(steps=400, validate_every=0, store=f"{lab}/runs")))
+    child = started(tmp_path, tmp_path / "r.yaml")
+    until(lambda: list(tmp_path.glob("train-*/checkpoints/step-*.safetensors")) or child.poll() is not None)
+    child.send_signal(signal.SIGTERM)
+    until(lambda: json.loads((the_run(tmp_path) / "manifest.json").read_text())["status"] == "canceled" or child.poll() is not None)
+    gate.opened.set()
+    assert child.wait(60) == 75 and not gate.late, child.communicate()
+    last, store = Shelf(the_run(tmp_path) / "checkpoints", 2).last, open_store(f"{lab}/runs/{the_run(tmp_path).name}")
+    assert store.get(f"checkpoints/{last.name}") == last.read_bytes() and json.loads(store.get("manifest.json"))["status"] == "canceled"
+
+
+def test_what_is_deleted_while_it_travels_arrives_whole(lab, gate, tmp_path):
+    "A checkpoint makes room for a newer one while it is copied; one that was gone before its turn is passed over."
+    folder = tmp_path / "run"
+    (folder / "checkpoints").mkdir(parents=True)
+    (folder / "checkpoints/step-1").write_bytes(b"1" * 2**20)
+    copying = Copying(folder, f"{lab}/runs")
+    plain = copying.mirror.store.put
+    copying.mirror.store.put = lambda key, path: ((folder / "checkpoints/step-2").unlink(missing_ok=True), plain(key, path))
+    (folder / "checkpoints/step-2").write_bytes(b"2")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        copying.ask()
+        copying.ask()
+        copying.ask()
+        assert len(copying.asked) <= 2
+        until(lambda: gate.arrived)
+        (folder / "checkpoints/step-1").unlink()
+        gate.opened.set()
+        copying.asked[0].result(60)
+        assert gate.seen == ["run/checkpoints/step-1"] and not copying.mirror.sent.get("run/checkpoints/step-2")
+        copying.settle()
+    assert open_store(f"{lab}/runs").list() == []
 
 
 def test_training_goes_on_when_the_store_is_away(tmp_path, monkeypatch):

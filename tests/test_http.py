@@ -6,14 +6,7 @@ import time
 import zipfile
 
 import pytest
-from serving import PROMPT, client, finish, opened, take
-
-
-@pytest.fixture
-def service(tmp_path):
-    made = opened(tmp_path)
-    yield made
-    made.jobs.close()
+from serving import PROMPT, client, finish, take
 
 
 @pytest.fixture
@@ -109,13 +102,12 @@ def test_a_batch_is_accepted_whole_or_not_at_all(http, service):
     assert packed.testzip() is None and len(packed.namelist()) == 2 and [r["state"] for r in json.loads(packed.read("manifest.json"))] == ["succeeded", "queued", "queued"]
 
 
-def test_a_batch_that_the_queue_has_no_room_for_leaves_nothing(tmp_path):
-    service = opened(tmp_path, serve_queued_per_key=2)
+def test_a_batch_that_the_queue_has_no_room_for_leaves_nothing(opened):
+    service = opened(serve_queued_per_key=2)
     http = client(service)
     refused = http.post("/v1/batches", json={"specs": [{"prompt": PROMPT, "seed": i} for i in range(3)]})
     assert refused.status_code == 429 and refused.headers["retry-after"]
     assert {j.state for j in service.jobs.list()} <= {"canceled"}
-    service.jobs.close()
 
 
 def test_models_say_what_they_can_do(http):
@@ -316,8 +308,7 @@ def test_the_document_names_every_route(http):
     assert not set(wanted) - set(paths)
 
 
-def test_the_document_can_be_turned_off(tmp_path):
-    service = opened(tmp_path, serve_docs=False)
+def test_the_document_can_be_turned_off(opened):
+    service = opened(serve_docs=False)
     http = client(service)
     assert http.get("/docs").status_code == http.get("/openapi.json").status_code == 404
-    service.jobs.close()

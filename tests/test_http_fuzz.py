@@ -5,14 +5,15 @@ import sys
 from pathlib import Path
 
 import pytest
-from serving import opened, served
+from services import package
+from serving import served
 
 CHECKS = "not_a_server_error,status_code_conformance,content_type_conformance,response_headers_conformance,response_schema_conformance,negative_data_rejection,unsupported_method"
 
 
 def fuzz(service, folder, *options):
     "Schemathesis on a service of noop jobs; waiting routes don't wait."
-    pytest.importorskip("schemathesis", reason="pip install schemathesis")
+    package("schemathesis")
     key, _ = service.keys.create("ada", scopes=["admin"])
     with served(service) as address:
         program = Path(sys.executable).with_name("schemathesis")
@@ -32,8 +33,8 @@ def many_wrong_keys(monkeypatch):
 
 
 @pytest.mark.services
-def test_a_short_walk_over_the_document(tmp_path):
-    service = opened(tmp_path, **LIMITS)
+def test_a_short_walk_over_the_document(opened, tmp_path):
+    service = opened(**LIMITS)
     done = fuzz(service, tmp_path, "--max-examples", "5", "--phases", "examples,fuzzing")
     service.jobs.close()
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
@@ -41,8 +42,8 @@ def test_a_short_walk_over_the_document(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_five_minutes_over_the_document(tmp_path):
-    service = opened(tmp_path, **LIMITS)
+def test_five_minutes_over_the_document(opened, tmp_path):
+    service = opened(**LIMITS)
     done = fuzz(service, tmp_path, "--max-examples", "100000", "--max-time", "300")
     service.jobs.close()
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]

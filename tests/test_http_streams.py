@@ -5,7 +5,7 @@ import random
 import time
 
 import pytest
-from serving import PROMPT, client, finish, opened, served, take
+from serving import PROMPT, client, finish, served, take
 
 from vidgen.serve import progress
 from vidgen.serve.progress import Hub
@@ -15,11 +15,10 @@ websockets = pytest.importorskip("websockets")
 
 
 @pytest.fixture
-def service(tmp_path):
-    made = opened(tmp_path, serve_requests_per_minute=1_000_000, serve_queued_per_key=10_000, serve_queued=10_000)
+def service(opened):
+    made = opened(serve_requests_per_minute=1_000_000, serve_queued_per_key=10_000, serve_queued=10_000)
     made.hub = Hub(made.jobs, every=0.05)
-    yield made
-    made.jobs.close()
+    return made
 
 
 def parse(text):
@@ -95,7 +94,7 @@ def test_heartbeats_have_no_id_and_pings_are_comments(service, monkeypatch):
 
 async def sse_client(address, job, seen, rng):
     "Read a job's events to the end, dropping the connection at random; `seen` gets (seq, type)."
-    last, stop = 0, False
+    last, stop = seen[-1][0] if seen else 0, False
     async with httpx.AsyncClient(timeout=30) as http:
         while not stop:
             drop = rng.randint(1, 6)
@@ -115,7 +114,7 @@ async def sse_client(address, job, seen, rng):
 
 
 async def ws_client(address, job, seen, rng):
-    last, stop = 0, False
+    last, stop = seen[-1][0] if seen else 0, False
     while not stop:
         drop = rng.randint(1, 6)
         async with websockets.connect(f"ws{address[4:]}/v1/ws") as socket:
@@ -161,12 +160,11 @@ def test_clients_that_come_and_go_see_every_event_in_order(service, caplog):
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_a_crowd_over_two_servers_sees_every_event_in_order(service, tmp_path):
+def test_a_crowd_over_two_servers_sees_every_event_in_order(service, opened):
     "R13: 200 and 50 clients; the API is two servers over one table."
-    other = opened(tmp_path, serve_requests_per_minute=1_000_000)
+    other = opened(serve_requests_per_minute=1_000_000)
     with served(service) as one, served(other) as two:
         asyncio.run(crowd(service, [one, two], sse=200, ws=50, steps=60, pause=0.5))
-    other.jobs.close()
 
 
 def test_a_slow_reader_is_cut_and_costs_no_memory(service, monkeypatch):
@@ -255,17 +253,8 @@ def test_the_prompt_is_in_no_event(service):
 
 
 @pytest.mark.services
-def test_redis_brings_news_at_once_and_its_death_is_survived(tmp_path):
-    import shutil
-    import socket
-    import subprocess
-
-    assert shutil.which("redis-server"), "redis-server is missing: make services"
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    redis = subprocess.Popen(["redis-server", "--port", str(port), "--save", "", "--dir", str(tmp_path)], stdout=subprocess.DEVNULL)
-    time.sleep(1)
-    service = opened(tmp_path, database_redis=f"redis://127.0.0.1:{port}/0")
+def test_redis_brings_news_at_once_and_its_death_is_survived(opened, redis_server):
+    service = opened(database_redis=redis_server.url)
     service.hub = Hub(service.jobs, every=20, news=service.bell.news)
     job = service.jobs.submit("noop", {})
     claim = take(service)
@@ -279,8 +268,7 @@ def test_redis_brings_news_at_once_and_its_death_is_survived(tmp_path):
         await asyncio.to_thread(claim.event, "progress", {"progress": 10})
         found = await reader.next(15)
         soon = time.monotonic() - start
-        redis.kill()
-        redis.wait()
+        redis_server.kill()
         service.hub.every = 0.1
         service.hub.ring()
         await asyncio.to_thread(claim.event, "progress", {"progress": 20})
@@ -291,4 +279,3 @@ def test_redis_brings_news_at_once_and_its_death_is_survived(tmp_path):
     assert found == [{"progress": 10}] and later == [{"progress": 20}] and soon < 10  # and not the 20 s of the next look
     http = client(service)
     assert http.post("/v1/jobs", json={"spec": {"prompt": PROMPT}}).status_code == 202
-    service.jobs.close()

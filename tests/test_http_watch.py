@@ -5,12 +5,16 @@ import logging
 import re
 import shutil
 import subprocess
+import threading
+import time
 from pathlib import Path
 
 import pytest
-from serving import PROMPT, client, finish, opened, take
+from serving import PROMPT, client, finish, opened, record, served, take
 
-from vidgen.serve import health
+from vidgen.serve import health, measures
+
+httpx = pytest.importorskip("httpx")
 
 ROOT = Path(__file__).resolve().parent.parent
 DEPLOY = ROOT / "deploy"
@@ -49,6 +53,49 @@ def test_labels_are_bounded(service):
     assert "BREW" not in http.get("/metrics").text
 
 
+def test_stages_models_and_lost_leases_are_measured(service):
+    "By a worker of this process; in a service by the files all its processes share."
+    from test_worker import settings
+
+    from vidgen.serve.pool import Pool
+    from vidgen.serve.worker import Worker
+
+    def value(name):
+        return float(re.search(rf"^{re.escape(name)} (\S+)$", client(service).get("/metrics").text, re.M)[1])
+
+    before = value("vidgen_lease_lost_total"), value("vidgen_model_load_seconds_count")
+    service.jobs.submit("three", {"n": 1})
+    pool = Pool(lambda name: __import__("test_worker").Toy(1))
+    Worker(service.jobs, settings(str(service.jobs.db.url), service.jobs.root, name="w"), pool).once()
+    pool.get("toy")
+    pool.get("toy")
+    service.jobs.submit("noop", {})
+    service.jobs.claim("dead")
+    from vidgen.serve import lapse
+
+    lapse.gone(service.jobs, "dead")
+    assert value('vidgen_stage_seconds_count{stage="s2"}') >= 1 and value('vidgen_stage_seconds_sum{stage="s2"}') > 0
+    assert (value("vidgen_lease_lost_total"), value("vidgen_model_load_seconds_count")) == (before[0] + 1, before[1] + 1)
+
+
+def test_a_stage_that_fails_is_not_counted_as_done():
+    with pytest.raises(ZeroDivisionError), measures.stage("breaks"):
+        1 / 0
+    assert 'stage="breaks"' not in __import__("prometheus_client").generate_latest(measures.counted()).decode()
+
+
+def test_the_memory_of_gpus_is_told_as_it_is_kept_account_of(service):
+    assert "vidgen_gpu_mem_bytes{" not in client(service).get("/metrics").text, "a CPU is no GPU"
+    with service.jobs.writing() as ledger:
+        ledger.run(ledger.t.device.insert().values(name="host/cuda:0", total_mib=100, seen=ledger.now))
+        ledger.run(ledger.t.worker.insert().values(id="w", host="h", pid=1, device="host/cuda:0", heartbeat=ledger.now, resident_mib=30, warm=[], state="idle"))
+    service.jobs.submit("noop", {}, memory_mib=20)
+    service.jobs.claim("w", slot="host/cuda:0")
+    text = client(service).get("/metrics").text
+    found = {kind: float(v) / 2**20 for kind, v in re.findall(r'^vidgen_gpu_mem_bytes{gpu="host/cuda:0",kind="(\w+)"} (\S+)$', text, re.M)}
+    assert found == {"total": 100, "reserved": 20, "resident": 30}
+
+
 def used(expressions):
     return {n.removesuffix("_bucket") for e in expressions for n in re.findall(r"vidgen_\w+", e)}
 
@@ -62,7 +109,7 @@ def test_rules_and_dashboard_speak_of_metrics_that_exist(service):
         there = {n.removesuffix("_bucket") for n in metric_names(http.get("/metrics").text)}
     rules = [r for g in yaml.safe_load((DEPLOY / "prometheus/vidgen.rules.yml").read_text())["groups"] for r in g["rules"]]
     board = json.loads((DEPLOY / "grafana/vidgen.json").read_text())
-    empty = {"vidgen_jobs"}  # no job yet, no series
+    empty = {"vidgen_jobs", "vidgen_stage_seconds", "vidgen_gpu_mem_bytes"}  # no job yet, no GPU, no series
     assert not used(r["expr"] for r in rules) - there - empty
     assert not used(t["expr"] for p in board["panels"] for t in p["targets"]) - there - empty
     assert all(r["annotations"]["do"] and r["labels"]["severity"] for r in rules) and len({p["id"] for p in board["panels"]}) == len(board["panels"])
@@ -78,15 +125,87 @@ def test_promtool_agrees_with_the_rules(service, tmp_path):
     assert done.returncode == 0 or not [line for line in (done.stdout + done.stderr).splitlines() if line.startswith("vidgen_") and "counter" not in line and "_total" not in line], done.stderr
 
 
-def test_ready_goes_red_and_back(service, monkeypatch):
+def locked(service):
+    "A connection of somebody else's that holds the lock of a SQLite file."
+    from vidgen.serve.tables import engine
+
+    conn = engine(str(service.jobs.db.url)).connect()
+    conn.exec_driver_sql("UPDATE about SET value = value")
+    return conn
+
+
+def test_ready_goes_red_and_back(service):
+    "Somebody holds the lock: no job can be accepted, and that is said within seconds; reading goes on."
     http = client(service)
     assert http.get("/health/ready").status_code == 200
-    counts = service.jobs.counts
-    monkeypatch.setattr(service.jobs, "counts", lambda: 1 / 0)
+    other = locked(service)
+    time.sleep(1.1)
     red = http.get("/health/ready")
-    assert red.status_code == 503 and "database" in red.json()["checks"] and http.get("/health/live").status_code == 200
-    monkeypatch.setattr(service.jobs, "counts", counts)
-    assert http.get("/health/ready").status_code == 200
+    assert red.status_code == 503 and red.json()["checks"] == {"database": "takes nothing (busy)", "disk": "ok"} and http.get("/health/live").status_code == 200
+    assert http.get("/v1/jobs").status_code == 200
+    other.rollback()
+    time.sleep(1.1)
+    assert http.get("/health/ready").status_code == 200 and http.post("/v1/jobs", json={"spec": {"prompt": PROMPT}}).status_code == 202
+    other.close()
+
+
+def test_who_reads_with_a_key_waits_for_no_writer(service):
+    "Looking a key up, and noting that it was used, must not queue for the lock."
+    key, _ = service.keys.create("ada")
+    service.jobs.submit("noop", {}, owner="ada")
+    other = locked(service)
+    start = time.monotonic()
+    answer = client(service).get("/v1/jobs", headers={"Authorization": f"Bearer {key}"})
+    assert answer.status_code == 200 and len(answer.json()["data"]) == 1 and time.monotonic() - start < 15  # the lock is waited for 30 s
+    other.close()
+
+
+def test_readiness_costs_one_commit_a_second_however_often_it_is_asked(service, monkeypatch):
+    asked, real = [], service.jobs.probe
+    monkeypatch.setattr(service.jobs, "probe", lambda: asked.append(1) or real())
+    http = client(service)
+    start = time.monotonic()
+    for _ in range(30):
+        assert http.get("/health/ready").status_code == 200
+    assert len(asked) <= 1 + time.monotonic() - start
+
+
+def held_up(service, seconds, submits):
+    "R7: submissions come while somebody holds the lock for so long; returns what they were answered."
+    answers = []
+    with served(service) as address:
+        ask = lambda: answers.append(httpx.post(f"{address}/v1/jobs", json={"kind": "noop", "spec": {}}, timeout=60).status_code)
+        other = locked(service)
+        asking = [threading.Thread(target=ask) for _ in range(submits)]
+        for one in asking:
+            one.start()
+        until, red, read = time.monotonic() + seconds, 0, 0
+        while time.monotonic() < until:
+            red += httpx.get(f"{address}/health/ready", timeout=20).status_code == 503
+            read += httpx.get(f"{address}/v1/jobs", timeout=2).status_code == 200
+            time.sleep(0.2)
+        assert not answers and red and read, "nothing is promised that isn't on the disk, and who only reads is not kept waiting"
+        other.rollback()
+        other.close()
+        for one in asking:
+            one.join()
+        time.sleep(1.1)
+        assert httpx.get(f"{address}/health/ready").status_code == 200
+    return answers
+
+
+def test_a_lock_that_is_held_keeps_nobody_from_reading(tmp_path):
+    service = opened(tmp_path)
+    assert held_up(service, 3, 20) == [202] * 20 and service.jobs.counts()["states"]["queued"] == 20
+    service.jobs.close()
+
+
+@pytest.mark.slow
+def test_a_lock_that_is_held_for_twenty_seconds(tmp_path):
+    service = opened(tmp_path)
+    assert held_up(service, 20, 40) == [202] * 40 and service.jobs.counts()["states"]["queued"] == 40
+    record("R7 lock", seconds=20, submits=40, lost=0)
+    service.jobs.close()
 
 
 def test_a_full_disk_is_not_ready_and_refuses(tmp_path):

@@ -5,12 +5,15 @@ import random
 import threading
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import pytest
+from serving import record
 
 from vidgen.errors import Canceled
-from vidgen.serve import storage
+from vidgen.serve import lapse, storage
+from vidgen.serve.claims import Claim
 from vidgen.serve.jobs import Jobs
 from vidgen.serve.records import ENDED, Conflict, Lost, NotFound, QueueFull, Unavailable
 from vidgen.serve.tables import engine, refuse_network
@@ -268,39 +271,112 @@ def racing(*acts):
     return found
 
 
-def test_expiry_races_with_claim(jobs, clock):
-    for _ in range(25):
+def expiry_races(jobs, clock, count):
+    "The clock passes a job's time while it is claimed and expired: it runs or has expired, never both."
+    ends = Counter()
+    for _ in range(count):
         job = jobs.submit("noop", {}, expires_in=1)
-        clock[0] += 1
-        claim, expired = racing(lambda: jobs.claim("w"), jobs.expire)
-        assert claim is None and expired == 1 and jobs.get(job.id).state == "expired"
-    assert whole(jobs) == {"expired": 25}
+        def tick():
+            clock[0] += 1
+        claim, expired, _ = racing(lambda: jobs.claim("w"), jobs.expire, tick)
+        assert expired + jobs.expire() + (claim is not None) == 1
+        if claim:
+            claim.publish([], {})
+        ends[jobs.get(job.id).state] += 1
+    assert whole(jobs) == ends and set(ends) <= {"expired", "succeeded"}
+    return ends
 
 
-def one_race(jobs, early):
+def test_expiry_races_with_claim(jobs, clock):
+    expiry_races(jobs, clock, 25)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_expiry_races_with_claim_a_thousand_times(jobs, clock):
+    ends = expiry_races(jobs, clock, 1000)
+    record("R15", database=jobs.db.dialect.name, races=1000, ends=dict(ends))
+    assert len(ends) == 2, "both sides must have won now and then"
+
+
+def brought_to(jobs, clock, rng):
+    "A job in one of the states it may be canceled in: (job, its claim or None, what its worker does next or None)."
+    where = rng.choice(["queued", "claimed", "staged", "undoable", "waits", "publishes", "fails", "rolls back", "crashed"])
     job = jobs.submit("noop", {})
-    if early:
-        canceled, claim = racing(lambda: jobs.cancel(job.id), lambda: jobs.claim("w"))
-        done = Canceled()
-        if claim is None:
-            assert canceled.state == "canceled"
-    else:
-        claim = jobs.claim("w")
+    if where == "queued":
+        return where, job, None, lambda: jobs.claim("w")
+    claim = jobs.claim("w")
+    if where == "claimed":
+        return where, job, claim, lambda: claim.event("progress", {"progress": 50})
+    if where == "staged":
+        return where, job, claim, lambda: claim.stage("one", [write(claim, "one.bin")])
+    if where in ("undoable", "rolls back"):
+        claim.stage("one", undo=True)
+    if where == "publishes":
         path = write(claim)
-        canceled, done = racing(lambda: jobs.cancel(job.id), lambda: claim.publish([path], {}))
-    if not isinstance(done, Canceled):
-        assert isinstance(canceled, Conflict)
-    elif claim:
-        assert claim.cancel_requested() and claim.canceled().state == "canceled"
-    now = jobs.get(job.id)
-    assert (now.state == "succeeded") == bool(jobs.artifacts(job.id))
-    return now.state
+        return where, job, claim, lambda: claim.publish([path], {})
+    if where in ("waits", "rolls back"):
+        claim.fail({"code": "x", "message": "y"}, retry=where == "waits")
+        return where, job, None, lambda: jobs.claim("w")
+    if where == "crashed":
+        clock[0] += 61
+        return where, job, claim, jobs.reap
+    return where, job, claim, lambda: claim.fail({"code": "x", "message": "y"})
 
 
-def test_cancel_races_with_everything(jobs):
-    rng = random.Random(3)
-    ends = Counter(one_race(jobs, rng.random() < 0.3) for _ in range(40))
-    assert ends["canceled"] and set(ends) <= {"canceled", "succeeded"} and whole(jobs) == ends
+def brought_to_an_end(jobs, clock, job, claim):
+    "What its worker, or the next one, does with a job until it has ended."
+    for _ in range(9):
+        if jobs.get(job.id).ended:
+            return
+        try:
+            if claim is None or claim.job.id != job.id:
+                clock[0] += 61
+                jobs.reap()
+                claim = jobs.claim("w2")
+            elif claim.ending:
+                for name in reversed(list(claim.done)):
+                    claim.undone(name)
+                claim.rolled_back()
+            elif claim.cancel_requested():
+                claim.canceled()
+            else:
+                claim.publish([write(claim)], {})
+        except Lost:
+            claim = None
+
+
+def cancel_races(jobs, clock, count):
+    "R16: cancel a job in any state while its worker goes on."
+    rng, seen, ends = random.Random(3), Counter(), Counter()
+    for _ in range(count):
+        where, job, claim, act = brought_to(jobs, clock, rng)
+        canceled, done = racing(partial(jobs.cancel, job.id), act)
+        assert not isinstance(canceled, Exception) or isinstance(canceled, Conflict), canceled
+        assert not isinstance(done, Exception) or isinstance(done, (Canceled, Lost)), done
+        taken = done if isinstance(done, Claim) else claim
+        brought_to_an_end(jobs, clock, job, taken)
+        now = jobs.get(job.id)
+        assert now.ended and (now.state == "succeeded") == any(a.stage == "publish" for a in jobs.artifacts(job.id)), where
+        if not isinstance(canceled, Conflict):
+            assert now.state == "canceled" or now.state == "failed" and where in ("fails", "rolls back", "undoable"), (where, now.state)
+        seen[where] += 1
+        ends[now.state] += 1
+    assert whole(jobs) == ends
+    return seen, ends
+
+
+def test_cancel_races_with_everything(jobs, clock):
+    seen, ends = cancel_races(jobs, clock, 45)
+    assert ends["canceled"] > 20 and len(seen) >= 8
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_cancel_races_with_everything_a_thousand_times(jobs, clock):
+    seen, ends = cancel_races(jobs, clock, 1000)
+    record("R16", database=jobs.db.dialect.name, races=1000, canceled_while=dict(seen), ends=dict(ends))
+    assert {"canceled", "succeeded"} <= set(ends) and len(seen) == 9
 
 
 def test_after_a_cancel_was_accepted_a_job_never_succeeds(jobs, clock):
@@ -312,6 +388,60 @@ def test_after_a_cancel_was_accepted_a_job_never_succeeds(jobs, clock):
     clock[0] += 61
     jobs.reap()  # the worker died with everything ready; the files stay unpublished
     assert jobs.get(job.id).state == "canceled" and jobs.artifacts(job.id) == []
+
+
+def test_what_takes_too_long_is_stopped_wherever_it_is(jobs, clock):
+    "Cancel-After: a queued job is canceled, a running one asked to stop and never succeeds, one that must be undone is undone."
+    running, undoing, waiting = (jobs.submit("noop", {}, cancel_after=10, priority=p) for p in (9, 8, 1))
+    for_ever = jobs.submit("noop", {}, priority=-1)
+    claims = [jobs.claim("w") for _ in range(2)]
+    claims[1].stage("one", undo=True)
+    claims[1].fail({"code": "x", "message": "y"})
+    assert jobs.expire() == 0
+    clock[0] += 11
+    assert jobs.expire() == 1 and jobs.get(waiting.id).state == "canceled" and jobs.get(waiting.id).error["code"] == "cancel_after"
+    assert claims[0].cancel_requested() and jobs.events(running.id)[-1].body["message"].endswith("(Cancel-After)")
+    with pytest.raises(Canceled):
+        claims[0].publish([write(claims[0])], {})
+    claims[0].canceled()
+    again = jobs.claim("w")
+    assert again.job.id == undoing.id, "however late, what was done is undone"
+    again.undone("one")
+    again.rolled_back()
+    assert jobs.expire() == 0 and jobs.claim("w").job.id == for_ever.id and whole(jobs) == {"canceled": 2, "failed": 1, "running": 1}
+
+
+def test_nothing_is_taken_up_whose_time_is_over(jobs, clock):
+    job = jobs.submit("noop", {}, cancel_after=10)
+    clock[0] += 10
+    assert jobs.claim("w") is None
+    jobs.expire()
+    again = jobs.retry(job.id)
+    assert again.cancel_at is None, "the time was the first request's"
+    with pytest.raises(ValueError, match="30 days"):
+        jobs.submit("noop", {}, cancel_after=float("inf"))
+
+
+def test_a_clock_that_is_set_shortens_no_time(jobs, clock):
+    job = jobs.submit("noop", {}, cancel_after=10)
+    clock[0] += 3601
+    lapse.settle(jobs, 3600)
+    jobs.expire()
+    assert jobs.get(job.id).state == "queued" and jobs.get(job.id).cancel_at == job.cancel_at + 3600
+
+
+def test_many_may_wait_and_their_number_is_not_counted_each_time(jobs, monkeypatch):
+    from vidgen.serve import requests
+
+    asked, real = [], requests.waiting
+    monkeypatch.setattr(requests, "waiting", lambda *a: asked.append(1) or real(*a))
+    for _ in range(20):
+        jobs.submit("noop", {}, owner="ada", most_queued=1000)
+    assert len(asked) <= 5  # once a second
+    for _ in range(4):
+        jobs.submit("noop", {}, owner="bob", most_queued=4)
+    with pytest.raises(QueueFull):
+        jobs.submit("noop", {}, owner="bob", most_queued=4)
 
 
 def test_many_workers_take_each_job_once(jobs):
@@ -376,6 +506,33 @@ def a_life(url, root, now, n):
     jobs.delete(canceled.id)
 
 
+def another_life(url, root, now, n):
+    "What time and troubles do to jobs, until the process dies."
+    jobs = Jobs.open(url, root, least_free_gib=0, clock=lambda: now[0])
+    dies_at(jobs, n)
+    kept = jobs.submit("noop", {"n": 1}, owner="a", key="1")
+    print(kept.id, flush=True)
+    jobs.submit("noop", {"n": 2}, expires_in=1, priority=-1)
+    jobs.submit("noop", {"n": 3}, cancel_after=1, priority=-1)
+    jobs.keep(b"picture", "a.png")
+    now[0] += 2
+    jobs.expire()
+    claim = jobs.claim("w")
+    claim.fail({"code": "x", "message": "y"}, retry=True, after=0.0)
+    claim = jobs.claim("w")
+    claim.release("drained")
+    claim = jobs.claim("w")
+    storage.place_all(jobs, claim, [write(claim)], {"n": 1})
+    now[0] += 61
+    jobs.reap()
+    other = jobs.submit("noop", {"n": 4})
+    jobs.claim("v")
+    lapse.gone(jobs, "v")
+    jobs.cancel(other.id)
+    jobs.retry(other.id)
+    lapse.settle(jobs, 5.0)
+
+
 def in_child(act):
     "Run in a forked process; returns its exit status."
     pid = os.fork()
@@ -394,6 +551,7 @@ def finish_all(jobs, clock):
     for _ in range(20):
         clock[0] += 100
         jobs.reap()
+        jobs.expire()
         while claim := jobs.claim("new"):
             if claim.ending:
                 for name in reversed(list(claim.done)):
@@ -420,10 +578,10 @@ def fresh(database, space, n):
     return database, space / str(n)
 
 
-def one_death(url, root, n, capfd):
+def one_death(life, url, root, n, capfd):
     "Die at the n-th point, then check what a new service makes of it; returns the exit status of the one that died."
     clock = [1000.0]
-    status = in_child(lambda: a_life(url, root, [1000.0], n))
+    status = in_child(lambda: life(url, root, [1000.0], n))
     accepted = capfd.readouterr().out.split()
     jobs = Jobs.open(url, root, least_free_gib=0, clock=lambda: clock[0])
     finish_all(jobs, clock)
@@ -440,12 +598,15 @@ def one_death(url, root, n, capfd):
 
 
 @pytest.mark.timeout(600)
-def test_dying_at_any_point_loses_nothing_and_publishes_nothing_twice(database, space, capfd):
+@pytest.mark.parametrize(("life", "least"), [(a_life, 60), (another_life, 40)], ids=["work", "troubles"])
+def test_dying_at_any_point_loses_nothing_and_publishes_nothing_twice(database, space, capfd, life, least):
     n, status = 0, 9
     while status == 9:
         n += 1
-        status = one_death(*fresh(database, space, n), n, capfd)
-    assert status == 0 and n > 60, f"{n} points, then exit status {status}"
+        status = one_death(life, *fresh(database, space, n), n, capfd)
+    with capfd.disabled():
+        record("R4", database=database.partition(":")[0], life=life.__name__, points=n - 1, lost=0, published_twice=0)
+    assert status == 0 and n > least, f"{n} points, then exit status {status}"
 
 
 # R6, R7: disks and databases that can't
@@ -523,6 +684,25 @@ def test_a_lock_that_is_held_is_waited_for(sqlite):
     assert len(sqlite.list()) == 1
 
 
+def test_who_finds_no_free_connection_is_told_so(database, tmp_path):
+    "R7: the pool is exhausted; whoever asks is refused in time, and when a connection is free all is well."
+    jobs = Jobs.open(database, tmp_path / "files", least_free_gib=0)
+    pool = jobs.db.pool
+    pool._timeout = 0.3  # 10 s would be waited
+    held = []
+    with pytest.raises(Exception, match="limit"):
+        while True:
+            held.append(jobs.db.connect())
+    for act in (lambda: jobs.submit("noop", {}), lambda: jobs.list(), jobs.probe):
+        with pytest.raises(Unavailable, match="try again"):
+            act()
+    for conn in held:
+        conn.close()
+    assert jobs.submit("noop", {}).state == "queued"
+    jobs.probe()
+    jobs.close()
+
+
 def test_a_network_file_system_is_refused(tmp_path, monkeypatch):
     import psutil
 
@@ -594,6 +774,30 @@ def test_a_file_whose_job_still_runs_is_no_orphan_and_a_foreign_one_is_kept(jobs
         os.utime(path, (0, 0))
     jobs.sweep()
     assert [p.name for p in jobs.orphans()] == ["holiday.mp4"] and jobs.get(job.id).state == "failed"
+
+
+def test_files_are_kept_as_long_as_the_settings_say(database, tmp_path):
+    from vidgen.settings import Storage
+
+    kept = storage.tiers(Storage(uploads_days=2, processed_days=0.5, videos_days=10, temp_hours=3))
+    now = [1000.0]
+    jobs = Jobs.open(database, tmp_path / "files", least_free_gib=0, tiers=kept, clock=lambda: now[0])
+    sent = jobs.keep(b"x", "a.png")
+    jobs.submit("noop", {})
+    claim = jobs.claim("w")
+    claim.preview(write(claim, "p.png"))
+    claim.stage("one", [write(claim, "one.bin")])
+    claim.publish([write(claim)], {})
+    with jobs.reading() as ledger:
+        rows = {r.tier: r.expires_at - 1000 for r in ledger.run(ledger.t.artifact.select())}
+    assert rows == {"uploads": 2 * 86400, "processed": 0.5 * 86400, "videos": 10 * 86400, "temp": 3 * 3600} == kept
+    for hours, gone in ((4, {"temp"}), (13, {"temp", "processed"}), (49, {"temp", "processed", "uploads"}), (241, set(kept))):
+        now[0] = 1000 + 3600 * hours
+        jobs.sweep()
+        with jobs.reading() as ledger:
+            assert {r.tier for r in ledger.run(ledger.t.artifact.select()) if r.removed_at} == gone
+    assert not sent.path.exists()
+    jobs.close()
 
 
 def test_a_row_whose_file_somebody_took_away_says_so(jobs):

@@ -6,8 +6,10 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 import yaml
@@ -158,7 +160,7 @@ def test_searches_that_are_refused(tmp_path, facts, says):
 def test_a_search_reads_its_file_and_what_wins_over_it(tmp_path):
     found = tune.read_search(search_file(tmp_path, space={"lr": [1e-3, 2e-3], "rank": {"low": 2, "high": 8}}, set={"steps": 8}), {"batch": 3})
     assert found.recipe.steps == 8 and found.recipe.batch == 3 and found.milestone == 3 and found.space["rank"] == Range(2, 8)
-    with pytest.raises(FileNotFoundError, match="a search is a YAML file"):
+    with pytest.raises(FileNotFoundError, match="there is no search .*none.yaml: it is a YAML file of `recipe:`, `space:`"):
         tune.read_search(tmp_path / "none.yaml")
 
 
@@ -226,6 +228,53 @@ def test_pbt_goes_on_from_better_weights_at_another_rate(tmp_path):
     others = [(mine, c) for mine, c in changes if c["trial"] != mine]
     assert others and all(c["changed"][0].startswith("lr ") and c["step"] in (2, 4) for _, c in others), changes
     assert any(row["steps"] == 6 for row in found["trials"])
+
+
+def test_a_population_that_is_limited_can_still_meet():
+    "Never more trials at once than asked, whatever the number of cores, and by cores alone: a limit by number would count those that wait."
+    from types import SimpleNamespace
+
+    pbt = tune.Search(Recipe(**TINY), {"lr": Range(1e-4, 1e-2)}, search="pbt", trials=8)
+    for count in range(1, 40):
+        machine = SimpleNamespace(nodes=lambda: [{"Alive": True}, {"Alive": False}], cluster_resources=lambda count=count: {"CPU": float(count)})
+        for together in range(1, 9):
+            each = tune.cores(replace(pbt, together=together), machine)
+            assert each <= count and 1 <= count // each <= together
+        assert tune.cores(pbt, machine) == tune.cores(replace(pbt, search="asha", together=2), machine) == 1
+    several = SimpleNamespace(nodes=lambda: [{"Alive": True}] * 2, cluster_resources=lambda: {"CPU": 8.0})
+    with pytest.raises(ValueError, match="this cluster has several"):
+        tune.cores(replace(pbt, together=2), several)
+
+
+def test_what_pbt_multiplies_stays_a_recipe():
+    back = tune.within({"batch": Range(1, 4), "caption_dropout": Range(0.1, 0.9), "clip": [0.5, 1.0]})
+    assert back({"batch": 0, "caption_dropout": 1.08, "clip": 1.2, "lr": 5.0}) == {"batch": 1, "caption_dropout": 0.9, "clip": 1.2, "lr": 5.0}
+    assert back({"batch": 9.6, "caption_dropout": 0.5, "clip": 0.5}) == {"batch": 4, "caption_dropout": 0.5, "clip": 0.5} and type(back({"batch": 1.0, "caption_dropout": 0.5})["batch"]) is int
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_killed_search_goes_on(tmp_path):
+    "Killed with -9, all of it, once a trial is over and another has begun: the first is not trained again, the second goes on at its checkpoint."
+    pytest.importorskip("ray")
+    file = search_file(tmp_path, dict(steps=4, validate_every=2, save_every=1, warmup=0), trials=2, together=1, keep=4, seed=1)
+    code = "import sys; from vidgen.cli import console; sys.argv[0] = 'vidgen'; console()"
+    child = subprocess.Popen([sys.executable, "-c", code, "tune", str(file)], env=ENV | {"VIDGEN_STORAGE_RUNS": str(tmp_path / "runs")}, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    begun = lambda: sorted((tmp_path / "runs").glob("tune-*/trials/*/manifest.json"), key=lambda p: p.stat().st_ctime)
+    ended = lambda: [p for p in begun() if json.loads(p.read_text())["status"] == "succeeded"]
+    until(lambda: child.poll() is not None or ended() and any(p.parent.glob("checkpoints/*") for p in begun() if p not in ended()), 500)
+    assert child.poll() is None, child.stderr.read()
+    family = psutil.Process(child.pid).children(recursive=True)
+    for process in [*family, child]:
+        process.kill()
+    child.wait()
+    first, second = ended()[0].parent, next(p.parent for p in begun() if p not in ended())
+    kept = {p: p.read_bytes() for p in (first / "metrics.jsonl", first / "adapter/pytorch_lora_weights.safetensors")}
+    found, run = searched(tmp_path, "--resume", next((tmp_path / "runs").glob("tune-*")))
+    assert run.status == "succeeded" and run.manifest["resumed"] == 1 and len(found["trials"]) == 2 and all(row["steps"] == 4 for row in found["trials"])
+    assert all(p.read_bytes() == data for p, data in kept.items())
+    steps = [row["step"] for row in runs.Run.open(second).metrics() if "train/loss" in row]
+    assert steps == [1, 2, 3, 4] and runs.Run.open(second).manifest["resumed"] >= 1
 
 
 # processes of this machine

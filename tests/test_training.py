@@ -39,6 +39,10 @@ def test_unknown_key_names_the_nearest(tmp_path):
     file.write_text("data: world:8\nlearning_rat: 1e-3\n")
     with pytest.raises(ValueError, match="a.yaml.*learning_rat"):
         config.read_recipe(file)
+    file.write_text("data: world:8\nbatch_size: 8\n")
+    with pytest.raises(ValueError, match="'batch_size'; here it is called batch"):
+        config.read_recipe(file)
+    assert set(config.ELSEWHERE.values()) <= set(Recipe(data="world:8").to_dict())
     file.write_text("data: world:8\nrnak: 8\n")
     with pytest.raises(ValueError, match="nearest: rank"):
         config.read_recipe(file)
@@ -194,16 +198,28 @@ def test_frozen_patterns_stay():
     assert frozen and all(n.startswith("patch_embed.") for n in frozen)
 
 
-@pytest.mark.parametrize("how", ["full", "selective"])
-def test_checkpointing_changes_no_gradient(how):
-    grads = []
+class Attentions(torch.utils._python_dispatch.TorchDispatchMode):
+    "Counts attentions on the way there."
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += "_scaled_dot_product" in str(func) and "backward" not in str(func)
+        return func(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("how, attentions", [("full", 2.0), ("selective", 1.0), ("alternate", 1.5)])
+def test_checkpointing_changes_no_gradient(how, attentions):
+    "And how many attentions are computed, as a multiple of those of one way."
+    grads, counts = [], []
     for kind in ("none", how):
         parts, z, noise, text = case("cogvideox", 1)
         mine = lora.add(parts, rank=2, seed=1)
         lora.checkpoint(parts, kind)
-        ob.losses(parts, ob.objective(parts), z, text, generators=seeds(1)).mean().backward()
+        with Attentions() as seen:
+            ob.losses(parts, ob.objective(parts), z, text, generators=seeds(1)).mean().backward()
         grads.append([p.grad for p in mine])
-    assert all(torch.allclose(a, b, atol=1e-7) for a, b in zip(*grads))
+        counts.append(seen.count)
+    assert all(torch.allclose(a, b, atol=1e-7) for a, b in zip(*grads)) and counts[1] == attentions * counts[0]
 
 
 def test_checkpointing_computes_attention_again_in_its_own_precision():
@@ -211,7 +227,7 @@ def test_checkpointing_computes_attention_again_in_its_own_precision():
     from vidgen.train.trainer import arithmetic
 
     grads = []
-    for kind in ("none", "full"):
+    for kind in ("none", "full", "selective"):
         parts, z, noise, text = case("cogvideox", 1)
         mine = lora.add(parts, rank=2, seed=1)
         lora.checkpoint(parts, kind)
@@ -219,7 +235,7 @@ def test_checkpointing_computes_attention_again_in_its_own_precision():
             loss = ob.losses(parts, ob.objective(parts), z, text, generators=seeds(1)).mean()
         loss.backward()
         grads.append([p.grad for p in mine])
-    assert all(torch.equal(a, b) for a, b in zip(*grads))
+    assert all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(*grads))
 
 
 def random_adapter(of="cogvideox", alpha=4.0, rank=2, seed=0):
@@ -458,7 +474,14 @@ def test_a_resume_of_another_kind_is_refused(whole):
     r, run = trainer.reopened(whole.run.path)
     with pytest.raises(ValueError, match="lr 0.001 -> 0.1.*--force"):
         trainer.train(config.recipe(r.to_dict() | {"lr": 0.1}), run=run)
-    with pytest.raises(ValueError, match="the data "):
+    with pytest.raises(ValueError, match="model shapes-t2v -> shapes-i2v.*--force"):
+        trainer.train(config.recipe(r.to_dict() | {"model": "shapes-i2v"}), run=run)
+    note = trainer.IDENTITY, (whole.run.path / trainer.IDENTITY).read_text()
+    (whole.run.path / note[0]).write_text(note[1].replace(json.loads(note[1])["data_hash"], "d" * 64))
+    with pytest.raises(ValueError, match="the data dddddddd -> "):
+        trainer.train(r, run=run)
+    (whole.run.path / note[0]).write_text(note[1])
+    with pytest.raises(ValueError, match="data world:12 -> world:10"):
         trainer.train(config.recipe(r.to_dict() | {"data": "world:10"}), run=run)
     assert trainer.train(config.recipe(r.to_dict() | {"lr": 0.1}), run=run, force=True).steps == 6
     (whole.run.path / trainer.IDENTITY).write_text(json.dumps(json.loads((whole.run.path / trainer.IDENTITY).read_text()) | {"recipe": r.to_dict()}))
@@ -485,8 +508,29 @@ def test_an_output_that_can_t_be_written_and_a_rate_that_explodes(tmp_path, monk
     assert "file" in (said := capsys.readouterr().err) and "Traceback" not in said
     monkeypatch.setenv("VIDGEN_STORAGE_RUNS", str(tmp_path / "runs"))
     assert main(["train", str(tmp_path / "r.yaml")]) != 0
-    assert "lower lr" in (said := capsys.readouterr().err) and "checkpoint" in said and "Traceback" not in said
+    assert "lower lr" in (said := capsys.readouterr().err) and "checkpoint" in said and "Traceback" not in said and "not foreseen" not in said
     assert runs.Run.open(next((tmp_path / "runs").glob("train-*"))).status == "failed"
+
+
+def test_a_held_out_loss_that_rises_stops_the_run_or_is_said_at_its_end(tmp_path):
+    "Fewer steps than the mean of the batches' losses needs to tell."
+    facts = TINY | dict(lr=30.0, warmup=0, schedule="constant", ema=0.0, save_every=1)
+    with pytest.raises(FloatingPointError, match=r"held-out loss rose from 0.0\S+ to \S+ by step 6: lower lr \(30.0\). The last good checkpoint: .*step-00000005"):
+        trainer.train(Recipe(**facts | dict(validate_every=6)), run=runs.Run.create("a", {}, root=tmp_path, trackers=[]))
+    with pytest.warns(UserWarning, match=r"held-out loss rose from .* is kept all the same"):
+        done = trainer.train(Recipe(**facts | dict(validate_every=0)), run=runs.Run.create("b", {}, root=tmp_path, trackers=[]))
+    assert done.steps == 6 and done.after["loss/mean"] > 20 * done.before["loss/mean"]
+
+
+def test_a_tracker_or_a_store_that_is_none_is_refused_before_anything_is_made(tmp_path, monkeypatch):
+    monkeypatch.setenv("VIDGEN_STORAGE_RUNS", str(tmp_path / "runs"))
+    for wrong, said in ((dict(trackers="wand"), "nearest: wandb"), (dict(store="gs://lab/x"), "kind of store 'gs'")):
+        with pytest.raises(ValueError, match=said):
+            trainer.train(Recipe(**TINY | wrong))
+    assert not (tmp_path / "runs").exists()
+    (tmp_path / "file").write_text("no folder")
+    with pytest.raises(OSError, match="encoded data can't be written there"):
+        trainer.train(Recipe(**TINY | dict(encoded=str(tmp_path / "file/x"))), run=runs.Run.create("a", {}, root=tmp_path, trackers=[]))
 
 
 def test_full_training_with_frozen_parts(tmp_path):
@@ -568,11 +612,11 @@ def test_what_can_t_be_trained(tmp_path, wrong, said):
 def test_missing_captions_and_short_clips(tmp_path, monkeypatch):
     clips = [Sample(f"world:{i}", "" if i == 1 else "a star") for i in range(3)]
     monkeypatch.setattr(trainer, "open_manifest", lambda address: Manifest(tuple(clips)))
-    with pytest.raises(ValueError, match="sample 1 has no caption"):
+    with pytest.raises(ValueError, match="data: world:1 has no caption, sample 1: give"):
         trainer.manifests(Recipe(**TINY))
     short = vidgen.Clip(np.zeros((5, 64, 96, 3), np.uint8), fps=8)
     monkeypatch.setattr(trainer, "open_manifest", lambda address: Manifest((Sample(short, "a star"),)))
-    with pytest.raises(ValueError, match="frames"):
+    with pytest.raises(ValueError, match="it gives 5 frames and the buckets take 17: name a bucket for it, e.g. 1x64x96"):
         trainer.prepared(Recipe(**TINY), vidgen.load("shapes-t2v"), tmp_path)
 
 
@@ -626,6 +670,73 @@ def test_real_trackers_get_numbers_films_adapter_and_report(tmp_path, monkeypatc
         trainer.train(config.recipe(r.to_dict() | {"trackers": "mlflow"}), run=run)
     assert len(ask()) == 1
     assert wandb.run is None
+
+
+def heard_by_wandb(folder):
+    "(wandb's own step, name, our step, value) of all numbers and films in the files of a run's sessions, which are LevelDB logs of protobuf records."
+    from wandb.proto import wandb_internal_pb2 as proto
+
+    found = []
+    for file in folder.glob("wandb/*run-*/*.wandb"):
+        data, at, record = file.read_bytes(), 7, b""
+        while at + 7 <= len(data):
+            if (left := 2**15 - at % 2**15) < 7:
+                at += left
+                continue
+            size, kind = int.from_bytes(data[at + 4:at + 6], "little"), data[at + 6]
+            record, at = record + data[at + 7:at + 7 + size], at + 7 + size
+            if kind in (1, 4):  # whole, or its last part
+                items = {item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in proto.Record.FromString(record).history.item}
+                found += [(items["_step"], name, items.get("step"), value) for name, value in items.items() if name != "step" and not name.startswith("_")]
+                record = b""
+    return found
+
+
+KILLED_TRACKED = """
+import os, signal, sys
+from vidgen.train import trainer
+from vidgen.train.config import Recipe
+plain = trainer.Training.watch
+trainer.Training.watch = lambda self, state: (plain(self, state), os.kill(os.getpid(), signal.SIGKILL) if state.step == int(sys.argv[1]) else None)[0]
+if len(sys.argv) > 2:
+    r, run = trainer.reopened(sys.argv[2])
+    trainer.train(r, run=run)
+trainer.train(Recipe(**{facts!r}))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_trackers_hear_of_each_step_once_after_two_kills(tmp_path, monkeypatch):
+    "Killed with -9 at steps 5 and 7, whose last checkpoints are of 4 and 6; MLflow's run has another name by then, and a double of its old one."
+    mlflow = pytest.importorskip("mlflow")
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("VIDGEN_STORAGE_RUNS", str(tmp_path))
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    facts = TINY | dict(steps=8, validate_every=5, sample_every=5, prompts=1, inference_steps=1, trackers="wandb,mlflow")
+    for words in (["5"], ["7", "RUN"]):
+        words = [str(the_run(tmp_path)) if w == "RUN" else w for w in words]
+        done = subprocess.run([sys.executable, "-c", KILLED_TRACKED.format(facts=facts), *words], capture_output=True, text=True, timeout=250, env={k: v for k, v in os.environ.items() if k != "WANDB_SERVICE"} | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"})
+        assert done.returncode == -signal.SIGKILL, done.stdout + done.stderr
+        client = mlflow.MlflowClient(tracking_uri=f"sqlite:///{tmp_path / 'mlflow.db'}")
+        experiment = client.get_experiment_by_name("train").experiment_id
+        mine = json.loads((the_run(tmp_path) / "mlflow.json").read_text())["run_id"]
+        client.set_tag(mine, "mlflow.runName", "mine")
+        client.create_run(experiment, run_name=the_run(tmp_path).name)
+    r, run = trainer.reopened(the_run(tmp_path))
+    with run:
+        trainer.train(r, run=run)
+    expected = {"train/loss": list(range(1, 9)), "held/loss/mean": [5], "after/loss/mean": [8]}
+    assert {name: sorted(m.step for m in client.get_metric_history(mine, name)) for name in expected} == expected
+    assert client.get_run(mine).info.status == "FINISHED" and len(client.search_runs([experiment])) == 3
+    said = heard_by_wandb(run.path)
+    assert {name: sorted(step for _, n, step, _ in said if n == name) for name in expected} == expected
+    films = [name for _, name, _, value in said if isinstance(value, dict)]
+    assert sorted(films) == ["after-0", "before-0", "step000005-0"]
+    axis = {}
+    for at, name, step, _ in said:
+        axis.setdefault(at, set()).add((step, None if step is not None else name))
+    assert all(len(lines) == 1 for lines in axis.values())  # no line lies over another of an earlier session
 
 
 @pytest.mark.slow

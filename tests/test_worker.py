@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import serve_kinds  # noqa: F401  registers the kinds
+from serving import record
 from test_jobs import whole
 
 from vidgen.serve import lapse
@@ -96,7 +97,7 @@ def test_workers_killed_at_random_lose_nothing(database, space):
 @pytest.mark.timeout(3600)
 def test_workers_killed_at_random_lose_nothing_at_length(database, tmp_path):
     killed, made = kill_loop(database, tmp_path / "files", count=500, kills=50, workers=4, lease=2.0, most=3000)
-    print(f"R1: {made} jobs x 3 stages, {killed} kills")
+    record("R1", database=database.partition(":")[0], jobs=made, stages=3, kills=killed, lost=0, published_twice=0)
     assert killed >= 50
 
 
@@ -258,13 +259,25 @@ def one_sleeper(jobs, database, space, n):
     assert [e.kind for e in jobs.events(job.id)].count("succeeded") == 1 and len(jobs.artifacts(job.id)) == 1
 
 
+def asleep(database, space, count):
+    jobs = Jobs.open(database, space / "files", least_free_gib=0, lease=0.5)
+    for n in range(count):
+        one_sleeper(jobs, database, space, n)
+    assert whole(jobs) == {"succeeded": count}
+    jobs.close()
+
+
+@pytest.mark.timeout(120)
 def test_an_asleep_process_publishes_nothing(database, space):
     "R2 with real processes: SIGSTOP longer than the lease, then SIGCONT."
-    jobs = Jobs.open(database, space / "files", least_free_gib=0, lease=0.5)
-    for n in range(3):
-        one_sleeper(jobs, database, space, n)
-    assert whole(jobs) == {"succeeded": 3}
-    jobs.close()
+    asleep(database, space, 3)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_twenty_asleep_processes_publish_nothing(database, space):
+    asleep(database, space, 24)
+    record("R2", database=database.partition(":")[0], zombies=24, published_by_them=0)
 
 
 # real clips
@@ -304,6 +317,101 @@ def test_what_the_model_cannot_do_is_told_before_it_is_queued(wrong, says):
 
     with pytest.raises(ValueError, match=says):
         plan({"prompt": "a red circle"} | wrong)
+
+
+# adapters by name
+
+def shelved(folder, monkeypatch, name="press-v1", seed=1, scale=0.3):
+    "Register an adapter with random matrices for shapes-t2v, in a shelf under a folder."
+    import torch
+
+    import vidgen
+    from vidgen.train import adapters, lora
+
+    monkeypatch.setenv("VIDGEN_STORAGE_ROOT", str(folder))
+    gen = vidgen.load("shapes-t2v", device="cpu")
+    g = torch.Generator().manual_seed(seed)
+    for p in lora.add(gen.parts, rank=2, alpha=2.0, name="mine"):
+        p.data = scale * torch.randn(p.shape, generator=g)
+    return adapters.register(name, adapters.save_adapter(gen, folder / f"trained-{seed}", name="mine").path, overwrite=True)
+
+
+@pytest.mark.timeout(200)
+def test_a_job_wears_the_adapter_it_names_and_the_next_does_not(here, space, monkeypatch):
+    from vidgen.clip import Clip
+    from vidgen.serve.generate import loader
+
+    jobs, worker = here
+    worker.pool = Pool(loader("cpu"))
+    found = shelved(jobs.root, monkeypatch)
+    spec = {"prompt": "a red circle moving right on a white background", "num_frames": 9, "num_inference_steps": 3, "seed": 5}
+
+    def made(**more):
+        job = jobs.submit("generate", spec | more)
+        assert worker.once()
+        done = jobs.get(job.id)
+        return done, [Clip.open(a.path) for a in jobs.artifacts(job.id) if a.name == "clip.mp4"]
+    _, (plain,) = made()
+    worn, (brand,) = made(adapter="press-v1")
+    _, (half,) = made(adapter="press-v1", adapter_scale=0.5)
+    _, (bare,) = made()
+    assert worn.state == "succeeded" and brand.made["adapters"]["press-v1"]["hash"] == found.hash and "adapters" not in worn.result
+    assert (brand.frames != plain.frames).any() and (half.frames != brand.frames).any() and (bare.frames == plain.frames).all()
+    again = shelved(jobs.root, monkeypatch, seed=2)
+    _, (other,) = made(adapter="press-v1")
+    assert other.made["adapters"]["press-v1"]["hash"] == again.hash != found.hash, "new weights under an old name are worn, not the old ones"
+    again.path.write_bytes(b"\x80\x04K\x01.")  # somebody put a pickle in its place
+    broken, none = made(adapter="press-v1")
+    assert broken.state == "failed" and broken.error["code"] == "invalid" and not none
+    _, (last,) = made()
+    assert (last.frames == plain.frames).all()
+
+
+BAD = {
+    "pickle": (lambda good, path: __import__("torch").save(good, path), "no safetensors file"),
+    "header too long": (lambda good, path: path.write_bytes((200 * 10**6).to_bytes(8, "little") + b"{}"), "no safetensors file"),
+    "no JSON": (lambda good, path: path.write_bytes((4).to_bytes(8, "little") + b"[1,2"), "no JSON object"),
+    "nested": (lambda good, path: path.write_bytes((40000).to_bytes(8, "little") + b"[" * 40000), "no JSON object"),
+    "cut short": (lambda good, path: path.write_bytes(path.read_bytes()[:-8]), "can't be read"),
+    "empty": (lambda good, path: saved({}, path), "holds 0 tensors"),
+    "too many": (lambda good, path: saved({f"transformer.{i}.lora_A.weight": torch_of(1, 1)[0, :0].reshape(0, 1) for i in range(20_001)}, path), "holds 20001 tensors"),
+    "another part": (lambda good, path: saved(good | {"text_encoder.q.lora_A.weight": torch_of(2, 8)}, path), "no lora_A or lora_B of a transformer"),
+    "another kind": (lambda good, path: saved(good | {"transformer.q.diff": torch_of(2, 8)}, path), "no lora_A or lora_B of a transformer"),
+    "whole numbers": (lambda good, path: saved({k: v.long() for k, v in good.items()}, path), "of the type I64"),
+    "one half": (lambda good, path: saved(good | {"transformer.q.lora_A.weight": torch_of(2, 8)}, path), "for both its matrices"),
+    "rank too high": (lambda good, path: saved({"transformer.q.lora_A.weight": torch_of(513, 8), "transformer.q.lora_B.weight": torch_of(8, 513)}, path), "512 for both"),
+    "a vector": (lambda good, path: saved(good | {"transformer.q.lora_A.weight": torch_of(2, 8)[0]}, path), "is no matrix"),
+    "NaN": (lambda good, path: saved({k: v * float("nan") for k, v in good.items()}, path), "NaN"),
+    "infinite": (lambda good, path: saved({k: v + float("inf") for k, v in good.items()}, path), "infinite"),
+}
+
+
+def torch_of(*shape):
+    import torch
+
+    return torch.ones(shape)
+
+
+def saved(tensors, path):
+    from safetensors.torch import save_file
+
+    save_file(tensors, path)
+
+
+@pytest.mark.parametrize("how", BAD)
+def test_an_adapter_that_can_not_be_one_is_never_registered(tmp_path, monkeypatch, how):
+    from vidgen.errors import CorruptWeights
+    from vidgen.train import adapters, header
+
+    monkeypatch.setenv("VIDGEN_STORAGE_ROOT", str(tmp_path / "root"))
+    good = {"transformer.blocks.0.to_q.lora_A.weight": torch_of(2, 8), "transformer.blocks.0.to_q.lora_B.weight": torch_of(8, 2)}
+    path, (spoil, says) = tmp_path / "a.safetensors", BAD[how]
+    saved(good, path)
+    assert header.checked(path) == path
+    spoil(good, path)
+    with pytest.raises(CorruptWeights, match=says):
+        adapters.register("bad", path)
+    assert not (tmp_path / "root").exists()
 
 
 class Toy:

@@ -113,7 +113,8 @@ def _write_mp4(target, frames_THWC: np.ndarray, fps: float, made: dict, crf: int
     _check_even(height, width)
     if not 1 <= crf <= 51:
         raise ValueError(f"crf is the quality of H.264, 1 (best, largest) to 51, 18 looks lossless; not {crf}")
-    with av.open(target, "w", format="mp4", options={"movflags": "faststart"} if isinstance(target, str) else {}) as container:
+    whole = io.BytesIO()  # PyAV leaves a file open, and its space taken, whose end a full disk refused
+    with av.open(whole, "w", format="mp4", options={"movflags": "faststart"}, io_open=lambda *_: io.BytesIO(whole.getvalue())) as container:
         container.metadata.update(title=str(made.get("prompt", "")), comment=_note(made, fps=fps, num_frames=num_frames))
         small = {"x264-params": "mbtree=0"} if height * width < 2**15 else {}
         stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(10_000), options={"crf": str(crf), **small})
@@ -125,6 +126,7 @@ def _write_mp4(target, frames_THWC: np.ndarray, fps: float, made: dict, crf: int
             frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(rgb), format="rgb24")
             container.mux(stream.encode(to_yuv.reformat(frame, format="yuv420p", dst_colorspace=Colorspace.ITU709, dst_color_range=ColorRange.MPEG)))
         container.mux(stream.encode(None))
+    Path(target).write_bytes(whole.getbuffer()) if isinstance(target, str) else target.write(whole.getbuffer())
 
 # %% ../nbs/01_clip.ipynb #f162e6f3
 _LIMIT = 4 * 2**30  # bytes of frames in one clip

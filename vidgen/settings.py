@@ -30,10 +30,11 @@ def key(
     choices: tuple = (),        # the only values that are right
     many: bool = False,         # several choices may be given, separated by commas
     low: float | None = None,   # the smallest value that is right
+    high: float | None = None,  # the largest
     pattern: str = "",          # a regular expression the whole value must match
 ):
     "A field of a settings section: default, documentation and limits in one place."
-    return field(default=default, metadata=dict(doc=doc, unit=unit, choices=choices, many=many, low=low, pattern=pattern))
+    return field(default=default, metadata=dict(doc=doc, unit=unit, choices=choices, many=many, low=low, high=high, pattern=pattern))
 
 
 @dataclass(frozen=True)
@@ -96,6 +97,10 @@ class Storage:
     root: str = key("artifacts", "folder of stored files", unit="folder", pattern=r".+")
     cache: str = key("", "folder of things that can be computed again; empty = vidgen in the user's cache folder", unit="folder")
     least_free_gib: float = key(5.0, "with less free disk the service warns and takes no new job", unit="GiB", low=0)
+    uploads_days: float = key(7.0, "how long pictures and films are kept that somebody sent", unit="days", low=0.01, high=3650)
+    processed_days: float = key(3.0, "how long files are kept that a stage of a job left for the next", unit="days", low=0.01, high=3650)
+    videos_days: float = key(30.0, "how long finished clips are kept", unit="days", low=0.01, high=3650)
+    temp_hours: float = key(1.0, "how long previews are kept", unit="hours", low=0.1, high=8760)
 
 
 @dataclass(frozen=True)
@@ -147,6 +152,8 @@ def _value(text: str, f, where: str) -> Any:
             raise ValueError(f"{where}: {unknown('value', word, meta['choices'])}")
     if meta["low"] is not None and value < meta["low"]:
         raise ValueError(f"{where} = {text}: must be at least {meta['low']} (default {f.default})")
+    if meta["high"] is not None and value > meta["high"]:
+        raise ValueError(f"{where} = {text}: must be at most {meta['high']} (default {f.default})")
     if meta["pattern"] and not re.fullmatch(meta["pattern"], text):
         raise ValueError(f"{where} = {text!r}: must look like {meta['pattern']} (default {f.default})")
     return value

@@ -133,6 +133,7 @@ def place(
     *,
     fps: float | None = None,    # of the model; None: whatever the film has
     start: float = 0.0,          # seconds into the file
+    allowed: Sequence[int] = (), # numbers of frames the model can make, for the advice when it is too short
 ) -> Place:
     "The bucket in which a film or picture loses least. Errors: BadVideo with the fault `too short` or `too small`."
     rate = fps if fps and media.fps > 1.1 * fps else None
@@ -141,7 +142,8 @@ def place(
     if not long_enough:
         wanted = sorted({b.frames for b in buckets})
         what = "it is a picture" if still else f"it gives {frames} frames" + (f" at {rate:g} fps" if rate else "")
-        raise BadVideo("too short", "clip", f"{what} and the buckets take {', '.join(map(str, wanted))}: name a bucket for it, e.g. {1 if still else max(1, frames)}x{media.height}x{media.width}")
+        most = 1 if still else max((n for n in allowed if n <= frames), default=max(1, frames))
+        raise BadVideo("too short", "clip", f"{what} and the buckets take {', '.join(map(str, wanted))}: name a bucket for it, e.g. {most}x{media.height}x{media.width}")
     fitting = [b for b in long_enough if max(b.height / media.height, b.width / media.width) <= ENLARGED]
     if not fitting:
         least = min(long_enough, key=lambda b: b.height * b.width)
@@ -156,6 +158,7 @@ def sort(
     buckets: Sequence[Bucket],
     *,
     fps: float | None = None,
+    allowed: Sequence[int] = (),   # numbers of frames the model can make
     progress: ProgressFn | None = None,
 ) -> tuple[dict[int, Place], list[dict]]:
     "({number of a sample: its place}, rows of those that were left out: number, media, fault, why)."
@@ -163,7 +166,7 @@ def sort(
     for i, sample in enumerate(manifest):
         try:
             start = float(sample.facts.get("start") or 0) if on_disk(sample) else 0.0
-            placed[i] = place(known(sample), buckets, fps=fps, start=start)
+            placed[i] = place(known(sample), buckets, fps=fps, start=start, allowed=allowed)
         except (ValueError, OSError) as err:
             left_out.append(excuse(i, sample, err))
         if progress:

@@ -341,7 +341,7 @@ def encode(
     rate = fps or parts.family.describe(parts.configs, "", parts.task).fps
     with locked(folder) as lock:
         mine = _opened(folder, parts, getattr(parts, "source", parts.pipeline), overwrite)
-        placed, bad = bucketing.sort(manifest, wanted, fps=rate, progress=progress)
+        placed, bad = bucketing.sort(manifest, wanted, fps=rate, allowed=parts.family.rules(parts.configs).frames, progress=progress)
         keys = {i: key(manifest[i], at, mine) for i, at in placed.items()}
         chunks, done = missing(folder, manifest, placed, keys, shard_size), 0
         for items, excused in _work(chunks, parts, processes, lock):

@@ -90,7 +90,7 @@ def estimate(
     optimizer: Annotated[str, typer.Option(help="Training: adamw, adamw-foreach, adamw-8bit, adamw-host, adamw-offload, muon.")] = "adamw",
     encoders: Annotated[str, typer.Option(help="Training: data prepared apart, first (on the same device) or along (encoders stay, as in vidgen train).")] = "along",
     ema: Annotated[bool, typer.Option("--ema/--no-ema", help="Training: an average of what learns is kept, as vidgen train does.")] = True,
-    checkpointing: Annotated[bool, typer.Option("--checkpointing/--no-checkpointing", help="Training: gradient checkpointing.")] = True,
+    checkpointing: Annotated[str, typer.Option(help="Training: none, full, selective (attention's answers are kept) or alternate (every other block).")] = "full",
     as_json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False,
 ) -> None:
     "Say what a clip or a training step would need: memory, operations, seconds, and the way to run that fits. Nothing is downloaded."
@@ -98,7 +98,7 @@ def estimate(
 
     how = dict(offload=offload, tiling=tiling, storage=storage, cache=cache, gate=gate, quantise=quantise, attention=attention, compile=compile or None, ulysses=ulysses, ring=ring, cfg=cfg)
     how = {k: v for k, v in how.items() if v is not None}
-    training = dict(rank=rank, trained=trained, optimizer=optimizer, encoders=encoders, ema=ema, gradient_checkpointing=checkpointing)
+    training = dict(rank=rank, trained=trained, optimizer=optimizer, encoders=encoders, ema=ema, checkpointing=checkpointing)
     with bar() as show:
         show(Progress("walk", 0, 0))
         try:

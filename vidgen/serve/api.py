@@ -30,6 +30,7 @@ def may(
     need("fastapi", "serve")
     from fastapi import Depends, WebSocketException
     from fastapi.security import HTTPBearer
+    from starlette.concurrency import run_in_threadpool
     from starlette.requests import HTTPConnection
 
     def asks(connection: HTTPConnection) -> Caller:
@@ -38,8 +39,8 @@ def may(
         connection.scope["state"]["headers"] = told
         return caller
 
-    def caller(connection: HTTPConnection, _=Depends(HTTPBearer(auto_error=False, description="a key of `vidgen keys create`; none is needed while there is none"))) -> Caller:
-        return asks(connection)
+    async def caller(connection: HTTPConnection, _=Depends(HTTPBearer(auto_error=False, description="a key of `vidgen keys create`; none is needed while there is none"))) -> Caller:
+        return asks(connection) if service.instant else await run_in_threadpool(asks, connection)
 
     def listener(connection: HTTPConnection) -> Caller | None:
         try:
@@ -59,7 +60,7 @@ def found_wrong(errors: list[dict]) -> Problem:
     "What the checker of requests found, as one problem."
     if any(e["type"] == "json_invalid" for e in errors):
         return Problem(400, "bad_json", "the body is no JSON")
-    rows = [{"where": ".".join(map(str, e["loc"])), "message": e["msg"]} for e in errors][:20]
+    rows = [{"where": ".".join(str(part) for part in e["loc"] if not re.match("[A-Z]", str(part))), "message": e["msg"]} for e in errors][:20]  # without names of classes
     first = rows[0] if rows else {"where": "body", "message": "is wrong"}
     return Problem(422, "bad_request", f"{first['where']}: {first['message']}", errors=rows, param=str(errors[0]["loc"][-1]) if errors else None)
 
@@ -115,7 +116,7 @@ def app(service: Service):
     service.hub = service.hub or Hub(service.jobs, news=service.bell.news if service.bell else None)
     api = fastapi.FastAPI(title="vidgen", version=_version(), summary="Clips from prompts, by durable jobs.", docs_url=None, redoc_url=None,
                           openapi_url="/openapi.json" if serve.docs else None, lifespan=living, responses=ERRORS)
-    for part in (openai, native, portal, health, page):
+    for part in (native, openai, portal, health, page):
         api.include_router(part.routes(service))
     _errors(api)
     _outside(api, service)
@@ -135,7 +136,7 @@ def _outside(api, service: Service) -> None:
     serve, listed = service.settings.serve, lambda text: tuple(w.strip() for w in text.split(",") if w.strip())
     from vidgen.serve.health import visited
 
-    rules = Rules(hosts=listed(serve.hosts), origins=listed(serve.origins), keyless=lambda: not service.keys.exist(), seen=visited, failed=failed)
+    rules = Rules(hosts=listed(serve.hosts), origins=listed(serve.origins), keyless=lambda: not service.keys.known, seen=visited, failed=failed)
     api.add_middleware(Guard, rules=rules)
     if rules.origins:
         api.add_middleware(CORSMiddleware, allow_origins=rules.origins, allow_methods=["GET", "POST", "DELETE"], allow_headers=["Authorization", "Content-Type", "Idempotency-Key", "Prefer", "Last-Event-ID"],

@@ -13,10 +13,14 @@ import re
 import secrets
 import time
 from collections.abc import Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
 
 from ..errors import need, unknown
+from .ledger import told_plainly
+from .records import Unavailable
+from .tables import hurried
 
 # %% ../../nbs/70_serve/781_auth.ipynb #0dbf5f82
 SCOPES = ("read", "submit", "admin")  # look at one's own jobs; make and stop them; what concerns everybody
@@ -76,7 +80,7 @@ class Keys:
 
     def __init__(self, db):
         self.db, self._known = db, (0.0, False)
-        with db.begin() as conn:
+        with told_plainly(), db.begin() as conn:
             if db.dialect.name == "postgresql":
                 conn.execute(need("sqlalchemy", "serve").text("SELECT pg_advisory_xact_lock(8436122)"))
             table().create(conn, checkfirst=True)
@@ -92,28 +96,43 @@ class Keys:
         text, name, hashed = make()
         now = time.time()
         key = Key(name, owner, tuple(scopes), now, None if expires_in is None else now + expires_in)
-        with self.db.begin() as conn:
+        with told_plainly(), self.db.begin() as conn:
             conn.execute(table().insert().values(id=name, owner=owner, digest=hashed, scopes=",".join(scopes), created_at=now, expires_at=key.expires_at))
         self._known = (0.0, True)
         return text, key
 
+    @contextmanager
+    def _asking(self):
+        "A connection that only reads, and so waits for no writer."
+        with told_plainly(), self.db.connect().execution_options(reading=True) as conn:
+            yield conn
+
     def list(self) -> list[Key]:
         "All keys, the oldest first."
-        with self.db.connect() as conn:
+        with self._asking() as conn:
             return [_key(row) for row in conn.execute(table().select().order_by(table().c.created_at, table().c.id))]
 
     def revoke(self, id: str) -> None:
         "End a key now. Errors: ValueError for one that is not there."
         t = table()
-        with self.db.begin() as conn:
+        with told_plainly(), self.db.begin() as conn:
             if not conn.execute(t.update().where(t.c.id == id, t.c.revoked_at.is_(None)).values(revoked_at=time.time())).rowcount:
                 raise unknown("key", id, [row.id for row in conn.execute(t.select().where(t.c.revoked_at.is_(None)))])
 
+    @property
+    def known(self) -> bool:
+        "What `exist` found when it was last asked: for whoever must not wait."
+        return self._known[1]
+
+    @property
+    def fresh(self) -> bool:
+        "Would `exist` answer without asking the table?"
+        return self._known[1] or time.monotonic() - self._known[0] <= 1
+
     def exist(self) -> bool:
         "Was a key ever made? Asked at most once a second; a service that once had a key is never open again."
-        then, known = self._known
-        if not known and time.monotonic() - then > 1:
-            with self.db.connect() as conn:
+        if not self.fresh:
+            with self._asking() as conn:
                 self._known = (time.monotonic(), conn.execute(table().select().limit(1)).first() is not None)
         return self._known[1]
 
@@ -125,14 +144,14 @@ class Keys:
         return self._used(_key(row)) if row and right and _key(row).valid(time.time()) else None
 
     def _row(self, name: str):
-        with self.db.connect() as conn:
+        with self._asking() as conn:
             return conn.execute(table().select().where(table().c.id == name)).first()
 
     def _used(self, key: Key) -> Key:
-        "Note when a key was used, to the minute."
+        "Note when a key was used, to the minute; not if somebody would have to wait for it."
         now, t = time.time(), table()
         if now - (key.used_at or 0) > 60:
-            with self.db.begin() as conn:
+            with suppress(Unavailable), told_plainly(), hurried(self.db, 0.05) as conn:
                 conn.execute(t.update().where(t.c.id == key.id).values(used_at=now))
         return key
 
@@ -181,6 +200,11 @@ class Limiter:
         self._own, self._shared, self._away_until = Window(MemoryStorage()), None, 0.0
         if redis:
             self._shared = Window(storage_from_string(redis, socket_timeout=0.25, socket_connect_timeout=0.25))
+
+    @property
+    def own(self) -> bool:
+        "Is it counted in this process alone, so that nothing is waited for?"
+        return self._shared is None
 
     def hit(self, most: int, *who: str, count: bool = True) -> tuple[bool, int, float]:
         "(allowed, remaining, seconds until the window moves on); `count=False` only looks."

@@ -45,7 +45,8 @@ def ready(ledger: Ledger, room: Room) -> list:
     "The conditions of a job that may start now, memory left out."
     sa, job = need("sqlalchemy", "serve"), ledger.t.job.c
     placed = [] if room.index is None else [sa.or_(job.place.is_(None), job.place % room.devices == room.index)]
-    return [job.state == "queued", job.not_before <= ledger.now, sa.or_(job.expires_at.is_(None), job.expires_at > ledger.now), *placed]
+    waits = sa.or_(job.cancel_at.is_(None), job.cancel_at > ledger.now, job.ending.is_not(None))  # what is to be undone is, however late
+    return [job.state == "queued", job.not_before <= ledger.now, sa.or_(job.expires_at.is_(None), job.expires_at > ledger.now), waits, *placed]
 
 
 def heads(ledger: Ledger, where: list) -> list:

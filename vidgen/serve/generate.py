@@ -18,7 +18,7 @@ from .records import Unavailable
 from .score import SCORE
 
 WORDS = ("prompt", "negative_prompt", "model", "num_frames", "height", "width", "num_inference_steps", "guidance_scale", "guidance", "seed", "fps", "cache", "adapter", "adapter_scale",
-         "image", "mode", "score", "trim")
+         "image", "mode", "score", "trim", "extends")
 MODES = {"baseline": "", "optimized": "+optimized"}  # what a mode adds to the name of the loaded model
 PASSED = ("negative_prompt", "height", "width", "num_inference_steps", "guidance_scale", "guidance", "cache")  # go to `generate` as they are
 
@@ -194,12 +194,24 @@ def _make(work: Work) -> Callable[[], dict]:
     return partial(_saved, work, clip, asked, {"seconds": round(seconds, 3), "peak_gib": peak_gib(gen.parts.device), "model": asked["model"].partition("+")[0]})
 
 
+def _joined(work: Work, frames_THWC):
+    "The frames, and before them those of the film they continue, if they do: the first of them is its last, and stands there once."
+    import numpy as np
+
+    from vidgen.clip import Clip
+
+    if not (extends := work.spec.get("extends")):
+        return frames_THWC
+    film = Clip.open(work.claim.jobs.kept(extends["film"], work.claim.job.owner or None).path)
+    return np.concatenate([film.frames, frames_THWC[1:]])
+
+
 def _saved(work: Work, clip, asked: dict, cost: dict) -> dict:
     "Write clip.mp4, cut to what was asked, and say what it is and what it took."
     from vidgen.clip import Clip
 
     fps = float(work.spec.get("fps") or clip.fps)
-    cut = Clip(clip.frames[: asked["num_frames"]], fps, clip.made)
+    cut = Clip(_joined(work, clip.frames[: asked["num_frames"]]), fps, clip.made)
     path = work.folder / "clip.mp4"
     cut.save(path, overwrite=True)
     work.files[:] = [path]

@@ -77,7 +77,7 @@ def origin_is_ours(
 # %% ../../nbs/70_serve/782_guard.ipynb #ae63d582
 MB = 10**6
 IMAGE_BYTES, VIDEO_BYTES = 20 * MB, 512 * MB
-CAPS = ((re.compile(r"/v1/videos(/sync)?|/v1/jobs|/v1/uploads|/generate-video"), 28 * MB), (re.compile(r"/api/pipeline/generate"), VIDEO_BYTES + IMAGE_BYTES), (re.compile(r".*", re.DOTALL), 1 * MB))
+CAPS = ((re.compile(r"/v1/videos(/sync|/edits|/extensions)?|/v1/jobs|/v1/uploads|/generate-video"), 28 * MB), (re.compile(r"/api/pipeline/generate"), VIDEO_BYTES + IMAGE_BYTES), (re.compile(r".*", re.DOTALL), 1 * MB))
 BODY_SECONDS, SEND_SECONDS = 60, 30  # for a whole body to arrive; for the client to take one piece of the answer
 
 

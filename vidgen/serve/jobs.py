@@ -16,15 +16,16 @@ from . import choose, lapse, requests, storage, views
 from .claims import Claim
 from .ledger import Ledger, told_plainly
 from .records import Artifact, Event, Job
-from .tables import engine, make_tables
+from .tables import engine, hurried, make_tables, tables
 
 # %% ../../nbs/70_serve/72_jobs.ipynb #cc1cd546
 class _Database:
     "The engine, the folder of files and the clock behind `Jobs`."
 
-    def __init__(self, db, root: str | Path, *, lease: float = 60.0, least_free_gib: float = 5.0, clock=None):
+    def __init__(self, db, root: str | Path, *, lease: float = 60.0, least_free_gib: float = 5.0, tiers: dict[str, float] | None = None, clock=None):
         self.db, self.root, self.lease, self.least_free_gib = db, Path(root).absolute(), lease, least_free_gib
-        self.clock, self.bell, self._turn = clock, None, threading.RLock()
+        self.clock, self.bell, self._turn, self._known = clock, None, threading.RLock(), {}
+        self.tiers = dict(tiers or storage.tiers())
         self._local = db.dialect.name == "sqlite"
 
     def now(self, conn) -> float:
@@ -37,17 +38,23 @@ class _Database:
     def reading(self):
         "A Ledger that sees one state of the database and changes nothing."
         with told_plainly(), self.db.connect().execution_options(reading=True) as conn:
-            yield Ledger(conn, self.now(conn))
+            yield Ledger(conn, self.now(conn), self.tiers)
 
     @contextmanager
     def writing(self):
         "A Ledger whose changes are on the disk, all of them, once the block has ended well. Errors: Unavailable."
         with told_plainly(), self._turn if self._local else threading.Lock():
             with self.db.begin() as conn:
-                ledger = Ledger(conn, self.now(conn))
+                ledger = Ledger(conn, self.now(conn), self.tiers)
                 yield ledger
         if self.bell and ledger.told:
             self.bell(ledger.told)
+
+    def probe(self, seconds: float = 2.0) -> None:
+        "Commit a row that says nothing, as accepting a job would. Errors: Unavailable, also when somebody has the database locked for so long."
+        about = tables().about
+        with told_plainly(), hurried(self.db, seconds) as conn:
+            conn.execute(about.update().where(about.c.name == "probe").values(value=str(time.time_ns())))  # the value it has, SQLite wouldn't write
 
     def close(self) -> None:
         "Close the connections."
@@ -81,6 +88,17 @@ class _Reads(_Database):
         "How many jobs are in each state, wait at each priority, and for how long the oldest waits."
         with self.reading() as ledger:
             return views.counts(ledger)
+
+    def few(self, most: int, owner: str | None = None, more: int = 1) -> bool:
+        "Are surely fewer than `most` jobs queued (of `owner`'s) when `more` come? Counted once a second while it is no more than half of them: a long queue takes longer to count than a request to answer."
+        then, known = self._known.get(owner, (-1e9, 0))
+        if time.monotonic() - then > 1 or known + more > most / 2:
+            with self.reading() as ledger:
+                then, known = time.monotonic(), requests.waiting(ledger, most, owner)
+        if len(self._known) > 10_000:
+            self._known.clear()
+        self._known[owner] = then, known + more
+        return known + more <= most / 2
 
     def list(self, owner: str | None = None, *, state: str | None = None, kind: str | None = None, batch: str | None = None, view: str | None = None, after: str | None = None,
              limit: int = 50, newest_first: bool = True) -> list[Job]:
@@ -140,6 +158,8 @@ class Jobs(_House):
     def submit(self, kind: str, spec: dict, **how) -> Job:
         "Accept a job: it is on the disk when this returns. `how`: see `requests.submit`. Errors: ValueError, Conflict (same key, other body), QueueFull, Unavailable."
         storage.refuse_full(self)
+        if how.get("most_queued") is not None and self.few(how["most_queued"], how.get("owner", "")):
+            how["most_queued"] = None
         with self.writing() as ledger:
             return requests.submit(ledger, kind, spec, **how)
 

@@ -6,21 +6,31 @@
 __all__ = ['TRIES', 'CRASHES', 'Ledger', 'end', 'delay', 'told_plainly']
 
 # %% ../../nbs/70_serve/712_ledger.ipynb #e21aea3b
+import os
 import random
 from contextlib import contextmanager
+from functools import cache
 
 from ..errors import need
-from .records import ENDED, Unavailable
+from .records import DISK, ENDED, Unavailable
 from .tables import tables
 
 TRIES, CRASHES = 3, 3  # failed tries, and vanished workers, after which a job is given up
 
 # %% ../../nbs/70_serve/712_ledger.ipynb #e96b6525
-class Ledger:
-    "An open transaction on the tables; `now` is its time in seconds since 1970."
+@cache
+def _one(lock: bool):
+    "The question for one job, made once: to build a statement takes longer than to ask it."
+    sa, job = need("sqlalchemy", "serve"), tables().job
+    found = job.select().where(job.c.id == sa.bindparam("job_id"))
+    return found.with_for_update() if lock else found
 
-    def __init__(self, conn, now: float):
-        self.conn, self.now, self.t, self.told = conn, now, tables(), []
+
+class Ledger:
+    "An open transaction on the tables; `now` is its time in seconds since 1970, `tiers` how many seconds files are kept."
+
+    def __init__(self, conn, now: float, tiers: dict[str, float] | None = None):
+        self.conn, self.now, self.tiers, self.t, self.told = conn, now, tiers or {}, tables(), []
 
     def run(self, statement, *many):
         "Execute a statement of SQLAlchemy."
@@ -28,8 +38,7 @@ class Ledger:
 
     def job(self, job_id: str, lock: bool = False):
         "The job's row or None; `lock` keeps others from changing it until the transaction ends."
-        found = self.t.job.select().where(self.t.job.c.id == job_id)
-        return self.run(found.with_for_update() if lock else found).first()
+        return self.run(_one(lock), {"job_id": job_id}).first()
 
     def held(self, job_id: str, fence: int) -> tuple:
         "The condition under which a worker's write counts: the job runs, and under its fence."
@@ -46,7 +55,7 @@ class Ledger:
 
     def note(self, job_id: str, seq: int, kind: str, body: dict) -> None:
         "Add an event; `told` keeps who must hear of it after the commit."
-        self.run(self.t.event.insert().values(job=job_id, seq=seq, at=self.now, kind=kind, body=body))
+        self.run(self.t.event.insert(), {"job": job_id, "seq": seq, "at": self.now, "kind": kind, "body": body})
         self.told.append((job_id, seq, kind))
 
     def free(self, job_id: str) -> None:
@@ -82,7 +91,7 @@ def delay(
 # %% ../../nbs/70_serve/712_ledger.ipynb #70918542
 @contextmanager
 def told_plainly():
-    "Turn the database's troubles into Unavailable, which says what to do."
+    "Turn the troubles of database and disk into Unavailable, which says what to do."
     sa = need("sqlalchemy", "serve")
     try:
         yield
@@ -95,3 +104,7 @@ def told_plainly():
             raise Unavailable("the database can't be written (read-only file or folder): give it back its rights; no restart is needed", "storage_full") from err
         code = "busy" if "locked" in low or "busy" in low else "database"
         raise Unavailable(f"the database can't answer now ({said[0][:120]}); try again in a few seconds", code) from err
+    except OSError as err:
+        if err.errno not in DISK:
+            raise
+        raise Unavailable(f"the disk does not take it ({os.strerror(err.errno)}), and nothing was accepted: free some space, or give the folder back its rights; no restart is needed", "storage_full") from err

@@ -52,6 +52,6 @@ def routes(service: Service):
     if service.settings.serve.docs:
         @api.get("/docs")
         def docs():
-            return FileResponse(STATIC / ("docs.html" if file_of(SWAGGER[0]) else "reader.html"))
+            return FileResponse(STATIC / "docs.html", headers={"Cache-Control": "no-cache"})
 
     return api

@@ -12,6 +12,7 @@ from collections import OrderedDict
 from collections.abc import Iterable
 
 from ..errors import unknown
+from . import measures
 
 # %% ../../nbs/70_serve/741_pool.ipynb #3587abf7
 def size_mib(gen) -> int:
@@ -34,6 +35,7 @@ class Pool:
             made = self.load(name)
             self.sizes[name], self.seconds[name] = size_mib(made), time.perf_counter() - start
             self.loaded[name] = made
+            measures.loaded(self.seconds[name])
         self.loaded.move_to_end(name)
         self.shrink(self.most_mib)
         return self.loaded[name]
@@ -76,14 +78,15 @@ class Pool:
 
 # %% ../../nbs/70_serve/741_pool.ipynb #83629349
 def wear(gen, name: str | None, scale: float = 1.0) -> None:
-    "Let a loaded model wear the registered adapter `name` and no other; None takes all off. ValueError with the nearest name."
+    "Let a loaded model wear the registered adapter `name` and no other; None takes all off. ValueError with the nearest name, CorruptWeights for a file that is not what it was."
     from vidgen.generate import adapters
     from vidgen.train.adapters import named
+    from vidgen.train.header import checked
 
     found = named(name) if name else None
-    for worn in [w for w in gen.adapters if w != name]:
+    for worn in [w for w, how in gen.adapters.items() if w != name or how["hash"] != found.hash]:  # other weights may stand under the name by now
         adapters.detach(gen, worn)
     if found and name not in gen.adapters:
-        adapters.attach(gen, found.path, name=name, scale=scale)
+        adapters.attach(gen, checked(found.path), name=name, scale=scale)
     elif found and gen.adapters[name]["scale"] != scale:
         adapters.weigh(gen, **{name: scale})

@@ -145,8 +145,8 @@ class Supervisor:
             while not self.stop.wait(self.tick):
                 try:
                     self.step()
-                except Unavailable:
-                    pass  # the database is away; the workers wait for it too
+                except (Unavailable, OSError):
+                    pass  # the database is away, or the disk takes nothing; the workers wait for it too
         finally:
             self.drain()
 

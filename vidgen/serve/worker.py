@@ -6,7 +6,6 @@
 __all__ = ['verdict', 'Keeper', 'perform', 'roll_back', 'Settings', 'Worker', 'main']
 
 # %% ../../nbs/70_serve/75_worker.ipynb #071e203b
-import errno
 import json
 import os
 import random
@@ -21,13 +20,13 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 
-from ..errors import Canceled, DoesNotFit
+from ..errors import Canceled, CorruptWeights, DoesNotFit
 from ..progress import Cancel
-from . import storage
+from . import measures, storage
 from .jobs import Jobs
 from .kinds import Work, kind, learn, tell
 from .pool import Pool
-from .records import Lost, Unavailable
+from .records import DISK, Lost, Unavailable
 from .requests import LAST
 
 # %% ../../nbs/70_serve/75_worker.ipynb #16c69622
@@ -41,11 +40,11 @@ def verdict(err: BaseException) -> tuple[dict, bool, float | None]:
         return {"code": "upstream", "message": said}, status in (408, 409, 425, 429) or status >= 500, float(wait) if wait.isdigit() else None
     if isinstance(err, DoesNotFit):
         return {"code": "out_of_memory", "message": said}, True, 0.0
-    if isinstance(err, OSError) and err.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO):
+    if isinstance(err, OSError) and err.errno in DISK:
         return {"code": "storage_full", "message": f"the disk does not take it ({said}): free some space"}, False, None
     if isinstance(err, ConnectionError | TimeoutError) or type(err).__module__.startswith("httpx"):
         return {"code": "network", "message": said}, True, None
-    if isinstance(err, ValueError | FileNotFoundError):
+    if isinstance(err, ValueError | FileNotFoundError | CorruptWeights):
         return {"code": "invalid", "message": said}, False, None
     return {"code": "internal", "message": f"{type(err).__name__}: {said}"}, "CUDA error" in said, None
 
@@ -127,7 +126,8 @@ def perform(work: Work, stages, then=()) -> Callable[[], object]:
             continue
         work.stage, work.span, work.told = stage.name, (stage.start, stage.end), 0.0
         work.report()
-        result = stage.run(work) or {}
+        with measures.stage(stage.name):
+            result = stage.run(work) or {}
         if i < len(stages) - 1 or stage.undo:
             result = result() if callable(result) else result
             claim.stage(stage.name, stage.keep(work) if stage.keep else (), output=result, undo=stage.undo is not None)

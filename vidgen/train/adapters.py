@@ -20,6 +20,7 @@ from .. import settings
 from ..bucket import at_hand
 from ..errors import CorruptWeights, unknown
 from ..store import atomic_path, atomic_write, fingerprint
+from .header import checked
 
 # %% ../../nbs/50_train/56_adapters.ipynb #0bc462b3
 FILE = "pytorch_lora_weights.safetensors"  # what diffusers looks for in a folder
@@ -202,7 +203,7 @@ def register(name: str, path: str | Path, *, overwrite: bool = False) -> Adapter
     "Give an adapter a name. Errors: ValueError for a name that is none, or one that is taken by other weights; FileNotFoundError, CorruptWeights."
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}", name):
         raise ValueError(f"{name!r} is no name for an adapter: up to 64 letters, digits, - and _")
-    found, place = read_adapter(path), shelf() / name / FILE
+    found, place = read_adapter(checked(adapter_file(path))), shelf() / name / FILE
     if not found.base_hash:
         raise ValueError(f"{found.path} doesn't say which model it was trained on, and nobody could refuse it later: train it with vidgen")
     if place.exists() and not overwrite and read_adapter(place).hash != found.hash:

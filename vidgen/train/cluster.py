@@ -78,7 +78,7 @@ def work(facts: dict) -> None:
     if (path / BROKEN).exists():
         raise RuntimeError((path / BROKEN).read_text())
     together, cancel, over = team(cpu=not facts["gpu"]), Cancel(), threading.Event()
-    run = runs.Run.open(path, trackers=facts["trackers"], watch=bool(together.rank))
+    run = runs.Run.open(path, trackers=trainer.listeners(r), watch=bool(together.rank))
     with (path / WORKERS).open("a") as out:
         out.write(json.dumps({"rank": together.rank, "pid": os.getpid(), "host": platform.node(), "began": time.time()}) + "\n")
     threading.Thread(target=asked_by_file, args=(run, cancel, over), daemon=True).start()
@@ -180,8 +180,7 @@ def train_on(
     ray = connect(address, cpus=workers)
     run, cancel = run or created(r, name=name), cancel or Cancel()
     gpu = r.device.startswith("cuda") or r.device == "auto" and ray.cluster_resources().get("GPU", 0) >= workers
-    trackers = [t.strip() for t in r.trackers.split(",") if t.strip()] or None
-    facts = {"recipe": r.to_dict(), "run": str(run.path), "force": force, "gpu": gpu, "trackers": trackers, "threads": max(1, int(os.environ.get("OMP_NUM_THREADS", "1")))}
+    facts = {"recipe": r.to_dict(), "run": str(run.path), "force": force, "gpu": gpu, "threads": max(1, int(os.environ.get("OMP_NUM_THREADS", "1")))}
     for old in (STOP, BROKEN):
         (run.path / old).unlink(missing_ok=True)
     began = _starts(run)

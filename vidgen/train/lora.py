@@ -7,7 +7,7 @@ __all__ = ['linear_layers', 'endings', 'wrapped', 'add', 'trainable', 'learn_all
 
 # %% ../../nbs/50_train/52_lora.ipynb #f0ae2827
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from fnmatch import fnmatch
 from functools import partial
 
@@ -104,24 +104,50 @@ def blocks(parts: Parts) -> list[nn.Module]:
     return [block for attribute in parts.family.caching.blocks for block in getattr(parts.transformer, attribute)]
 
 
-def _twice(plain: Callable, *given, **named):
-    "A block that keeps nothing for the way back and is computed again there, its attention in the precision it had."
-    from torch.utils.checkpoint import checkpoint as again
+_ATTENTION = ("_scaled_dot_product_flash_attention", "_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_efficient_attention", "_scaled_dot_product_cudnn_attention")
+
+
+def _policy(context, op, *given, **named):
+    "Attention's answers are kept, all else is computed again."
+    from torch.utils.checkpoint import CheckpointPolicy
+
+    return CheckpointPolicy.MUST_SAVE if op.name().partition("::")[2].partition(".")[0] in _ATTENTION else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def _contexts(keep: bool, floats: bool):
+    "What surrounds a block on the way there, and on the way back: attention's answers are kept, and it has the precision it had."
+    from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
     from vidgen.world.shapes import FloatAttention
+
+    there, back = create_selective_checkpoint_contexts(_policy) if keep else (nullcontext(), nullcontext())
+    return there, _all(FloatAttention() if floats else nullcontext(), back)
+
+
+@contextmanager
+def _all(*contexts):
+    with ExitStack() as stack:
+        for context in contexts:
+            stack.enter_context(context)
+        yield
+
+
+def _twice(plain: Callable, keep: bool, *given, **named):
+    "A block that keeps nothing, or what attention answered, for the way back and is computed again there."
+    from torch.utils.checkpoint import checkpoint as again
 
     if not torch.is_grad_enabled():
         return plain(*given, **named)
     floats = torch.is_autocast_enabled("cpu")
-    return again(plain, *given, use_reentrant=False, context_fn=lambda: (nullcontext(), FloatAttention() if floats else nullcontext()), **named)
+    return again(plain, *given, use_reentrant=False, context_fn=partial(_contexts, keep, floats), **named)
 
 
 def checkpoint(parts: Parts, how: str = "full") -> int:
-    "Switch checkpointing of the transformer's blocks: none, full, or selective (every other block); returns how many blocks compute twice."
+    "Switch checkpointing of the transformer's blocks: none, full, selective (attention's answers are kept) or alternate (every other block); returns how many blocks compute twice."
     every = blocks(parts)
-    chosen = {"none": [], "full": every, "selective": every[1::2]}[how]
+    chosen = {"none": [], "full": every, "selective": every, "alternate": every[1::2]}[how]
     for block in every:
         block.__dict__.pop("forward", None)
     for block in chosen:
-        block.forward = partial(_twice, block.forward)
+        block.forward = partial(_twice, block.forward, how == "selective")
     return len(chosen)

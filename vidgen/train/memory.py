@@ -15,6 +15,7 @@ from ..models.family import Parts, family, save_parts
 from . import lora
 from .config import Recipe
 from .loop import State, slope, update
+from .thrift import store
 
 # %% ../../nbs/50_train/584_memory.ipynb #d8537d34
 class Allocated:
@@ -77,11 +78,9 @@ def filled(model: str | Path, precision: str, device: str = "cpu") -> Parts:
 
 # %% ../../nbs/50_train/584_memory.ipynb #04a3a4b8
 def settings(r: Recipe) -> dict:
-    "The arguments of `vidgen.estimate` that describe a recipe's training. ValueError for what the estimate doesn't tell apart."
-    if r.storage != "same" or r.checkpointing == "selective":
-        raise ValueError(f"the estimate knows neither storage: fp8 nor checkpointing: selective, and the recipe has {r.storage} and {r.checkpointing}: estimate the nearest it knows, storage: same with checkpointing: full or none")
+    "The arguments of `vidgen.estimate` that describe a recipe's training."
     optimizer = "adamw-host" if r.offload == "optimizer" else {"adamw": "adamw" if r.strategy == "ddp" else "adamw-foreach", "adamw8bit": "adamw-8bit"}.get(r.optimizer, r.optimizer)
-    return dict(task=r.method, precision=r.precision, autocast=r.precision != "fp32", rank=r.rank, batch=r.batch, gradient_checkpointing=r.checkpointing == "full", optimizer=optimizer, encoders="along")
+    return dict(task=r.method, precision=r.precision, autocast=r.precision != "fp32", rank=r.rank, batch=r.batch, checkpointing=r.checkpointing, optimizer=optimizer, encoders="along", **({"storage": "fp8"} if r.storage == "fp8" else {}))
 
 # %% ../../nbs/50_train/584_memory.ipynb #2c38bbc6
 def made(parts: Parts, size: tuple[int, int, int], clips: int):
@@ -122,6 +121,8 @@ def measured(
 
     with Allocated(r.device) as seen:
         parts = filled(r.model, r.precision if r.method == "lora" else "fp32", r.device)
+        if r.storage == "fp8":
+            store(parts, r.precision)
         lora.add(parts, rank=r.rank, alpha=r.alpha, targets=r.targets, seed=r.seed) if r.method == "lora" else lora.learn_all(parts, r.freeze)
         lora.checkpoint(parts, r.checkpointing)
         learner = Learner(parts, objective(parts), precision=r.precision)

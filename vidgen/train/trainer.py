@@ -28,11 +28,13 @@ from ..data.encode import encode
 from ..data.loader import Batch, Loader
 from ..data.manifest import Manifest, split
 from ..data.sources import open_manifest
+from ..errors import unknown
 from ..progress import Cancel, ProgressFn, bar
+from ..store import atomic_write, open_store
 from . import lora
 from .adapters import Adapter, base_hash, save_adapter
 from .config import Recipe, differences, recipe
-from .loop import Alone, Shelf, State, TrainConfig, fit, load_state, record, whole
+from .loop import Alone, Shelf, State, TrainConfig, fit, halt, load_state, record, whole
 from .objective import Objective, held_errors, held_means, losses, objective
 from .team import collected, dealt
 from .report import write_report
@@ -120,12 +122,17 @@ def manifests(r: Recipe) -> dict[str, Manifest]:
     found["held"] = found["held"][: r.held_clips]
     for name, manifest in found.items():
         if bare := [i for i, s in enumerate(manifest) if not s.caption.strip()]:
-            raise ValueError(f"{name}: sample {bare[0]} has no caption, nor have {len(bare) - 1} others: give each one a text, or drop them when building the manifest")
+            media = manifest[bare[0]].media
+            raise ValueError(f"{name}: {media if isinstance(media, str) else 'a clip'} has no caption, sample {bare[0]}" + (f", nor have {len(bare) - 1} others" if bare[1:] else "") + ": give each one a text, or drop them when building the manifest")
     return found
 
 
 def prepared(r: Recipe, gen, folder: Path, *, progress: ProgressFn | None = None, cancel: Cancel | None = None) -> Data:
     "Everything encoded. ValueError when a sample doesn't suit the model, such as a clip that is shorter than the shortest bucket."
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as err:
+        raise type(err)(err.errno, f"encoded data can't be written there ({err.strerror}): another folder as encoded: …, or none, for the run's own", str(folder)) from None
     wanted, stores = manifests(r), {}
     size = f"{gen.entry.num_frames}x{gen.entry.height}x{gen.entry.width}"
     for name, manifest in wanted.items():
@@ -189,6 +196,7 @@ class Training:
     team: object = field(default_factory=Alone)
     model: nn.Module | None = None  # the learner as the team computes it
     told: Callable | None = None  # (this, held-out losses) after each validation
+    before: dict = field(default_factory=dict)  # held-out losses and metrics before the first step
 
     @property
     def folder(self) -> Path:
@@ -232,6 +240,11 @@ class Training:
             images = [next(s for s in self.data.manifests["held"] if s.caption == p).clip().frames[0] for p in prompts]
         return samples(self.gen, prompts, images=images, seed=seeds, num_inference_steps=self.recipe.inference_steps)
 
+    def risen(self, loss: float) -> str:
+        "In words, that the held-out loss is many times what it was before the first step; nothing when it isn't."
+        before = self.before.get("loss/mean", float("inf"))
+        return f"the held-out loss rose from {before:.3g} to {loss:.3g} by step {self.state.step}: lower lr ({self.recipe.lr})" if not loss <= self.state.config.diverged * before else ""
+
     def watch(self, state: State) -> bool:
         "After each step: validate when it is time. True: nothing got better for long enough."
         r, run, stop = self.recipe, None if self.team.rank else self.run, False
@@ -241,6 +254,8 @@ class Training:
             if improved(state.facts, found["mean"], state.step):
                 Shelf(self.folder, r.keep, writes=self.team.rank == 0).save(state, best=True)
             stop = bool(r.patience and state.facts["worse"] >= r.patience)
+            if worse := self.risen(found["mean"]):
+                raise halt(state, Shelf(self.folder, r.keep), worse)
             if self.told:
                 self.told(self, found)
         if r.sample_every and state.step % r.sample_every == 0:
@@ -283,21 +298,33 @@ def redealt(r: Recipe, folder: Path, processes: int) -> Recipe:
     return replace(r, batch=clips // processes)
 
 # %% ../../nbs/50_train/55_trainer.ipynb #b6706ee7
+def _late(step: int, at, names) -> bool:
+    "Was a line logged beyond the step, or at the end?"
+    return bool(at not in ("", None) and float(at) > step or any(n.startswith("after/") for n in names))
+
+
+def _note_told(folder: Path, step: int, cut: list[dict]) -> None:
+    "Note the names of lines that are cut, and of films beyond the step."
+    films = [p.stem for p in sorted(folder.glob("samples/*.mp4")) if p.stem.startswith("after-") or p.stem[:4] == "step" and int(p.stem[4:10]) > step]
+    said = [{"step": row.get("step"), "names": list(row)} for row in cut] + [{"step": None, "names": films}] * bool(films)
+    if said:
+        with (folder / runs.TOLD).open("a") as out:
+            out.writelines(f"{json.dumps(line)}\n" for line in said)
+
+
 def forget_after(folder: Path, step: int) -> None:
-    "Cut from metrics.jsonl and metrics.csv of a run what lies beyond a step, or was said at the end."
+    "Cut from metrics.jsonl and metrics.csv of a run what lies beyond a step, or was said at the end; `runs.told` has what was cut."
     import csv
     import io
 
-    from vidgen.store import atomic_write
-
     rows, table = folder / "metrics.jsonl", folder / "metrics.csv"
-    late = lambda at, names: bool(at not in ("", None) and float(at) > step or any(n.startswith("after/") for n in names))  # noqa: E731
     if rows.exists():
-        lines = [line for line in rows.read_text().split("\n")[:-1] if not late((found := json.loads(line)).get("step"), found)]
-        atomic_write(rows, "".join(f"{line}\n" for line in lines))
+        lines = [(line, json.loads(line)) for line in rows.read_text().split("\n")[:-1]]
+        _note_told(folder, step, [row for _, row in lines if _late(step, row.get("step"), row)])
+        atomic_write(rows, "".join(f"{line}\n" for line, row in lines if not _late(step, row.get("step"), row)))
     if table.exists():
         head, *found = list(csv.reader(io.StringIO(table.read_text()))) or [[]]
-        kept = [row for row in found if len(row) == len(head) and not late(row[head.index("step")], [n for n, value in zip(head, row, strict=True) if value])]
+        kept = [row for row in found if len(row) == len(head) and not _late(step, row[head.index("step")], [n for n, value in zip(head, row, strict=True) if value])]
         csv.writer(out := io.StringIO(), lineterminator="\n").writerows([head, *kept])
         atomic_write(table, out.getvalue())
 
@@ -321,6 +348,7 @@ def built(r: Recipe, device: str = ""):
 def begun(r: Recipe, run, *, progress: ProgressFn | None = None, cancel: Cancel | None = None, force: bool = False, team=Alone()) -> Training:
     "Load, encode, share the model out, and restore the last checkpoint if there is one. Errors: ValueError for what can't be trained or resumed."
     check_metrics(r.metrics, r.brand or None)
+    _same_recipe(r, run.path, force)
     r = r if force else redealt(r, run.path, team.size)
     gen = built(r)
     if team.rank:
@@ -340,6 +368,14 @@ def begun(r: Recipe, run, *, progress: ProgressFn | None = None, cancel: Cancel 
         _noted(run, now, state)
         run.record(model=gen.name, device=gen.parts.device, trainable=mine, trainable_share=round(share, 5))
     return Training(r, run, gen, data, learner, state, team, model)
+
+
+def _same_recipe(r: Recipe, folder: Path, force: bool) -> None:
+    "Refuse another recipe before anything is loaded or encoded for it. ValueError of `same_run`."
+    note = folder / IDENTITY
+    if note.exists() and not force and Shelf(folder / "checkpoints", r.keep).last:
+        before = json.loads(note.read_text())
+        same_run(before, before | {"recipe": replace(r, strategy=before["recipe"].get("strategy", r.strategy)).to_dict()}, folder)
 
 
 def restored(state: State, now: dict, folder: Path, keep: int, *, force: bool = False) -> State:
@@ -381,8 +417,6 @@ def _judged(it: Training, when: str) -> dict:
 
 
 def _write(path: Path, facts: dict) -> None:
-    from vidgen.store import atomic_write
-
     atomic_write(path, json.dumps(facts, indent=1))
 
 
@@ -400,10 +434,12 @@ def unsliced(it: Training):
     return gen
 
 
-def finished(it: Training, before: dict) -> Trained | None:
+def finished(it: Training) -> Trained | None:
     "Judge the averaged weights, save them, and tell the run; the first process of a team does the last two."
-    r, run, state = it.recipe, it.run, it.state
+    r, run, state, before = it.recipe, it.run, it.state, it.before
     after = _judged(it, "after")
+    if worse := it.risen(after["loss/mean"]):
+        warnings.warn(f"{worse}; what it has become is kept all the same", stacklevel=2)
     state.load_ema()
     if not (gen := unsliced(it)):
         return None
@@ -425,8 +461,12 @@ def _whole(it: Training, folder: Path, facts: dict) -> None:
 
 # %% ../../nbs/50_train/55_trainer.ipynb #a08e1b29
 def listeners(r: Recipe) -> list | None:
-    "Who is told of a run: the recipe's trackers, or else those of the settings, and its store."
+    "Who is told of a run: the recipe's trackers, or else those of the settings, and its store. ValueError for one that is none; ImportError that names the extra for a store."
     kinds = [t.strip() for t in (r.trackers or settings.get().tracking.trackers).split(",") if t.strip()]
+    if wrong := [kind for kind in kinds if kind not in runs.TRACKERS]:
+        raise unknown("tracker", wrong[0], runs.TRACKERS)
+    if r.store:
+        open_store(r.store)
     return kinds + ([partial(runs.Copied, address=r.store)] if r.store else [])
 
 
@@ -503,6 +543,7 @@ def _train(r: Recipe, run, progress, cancel, force: bool, team, told=None) -> Tr
             found = _judged(it, "before")
             if team.rank == 0:
                 _write(before, found)
+        it.before = team.same({} if team.rank else json.loads(before.read_text()))
         it.learner.transformer.train()
         feed = Feed(r, it.data, team)
         try:
@@ -510,4 +551,4 @@ def _train(r: Recipe, run, progress, cancel, force: bool, team, told=None) -> Tr
                 keep=r.keep, kept=run.kept, by_number=True, team=team, state=it.state)
         finally:
             feed.close()
-        return finished(it, {} if team.rank else json.loads(before.read_text()))
+        return finished(it)

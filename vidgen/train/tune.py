@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MOVABLE', 'SEARCHES', 'CHECKPOINT', 'Search', 'read_search', 'trial_run', 'adopt', 'reporter', 'trial', 'domains',
-           'told_by', 'picture', 'tuned', 'trials', 'finished']
+           'within', 'told_by', 'picture', 'cores', 'tuned', 'trials', 'finished']
 
 # %% ../../nbs/50_train/581_tune.ipynb #6a488073
 import csv
@@ -18,7 +18,7 @@ from pathlib import Path
 
 from .. import runs
 from ..errors import need, unknown
-from ..space import Range, values
+from ..space import Range, mapping, values
 from ..store import atomic_write
 from .cluster import connect
 from .config import Recipe, differences, read_recipe, recipe
@@ -38,7 +38,7 @@ class Search:
     together: int = 0          # trials at once; 0: as many as there are cores or GPUs for
     every: int = 0             # steps between milestones (asha: the first one) or exchanges (pbt); 0: those between validations
     keep: int = 3              # asha: one in so many goes on
-    seed: int = 0
+    seed: int = 0              # of the settings that are tried
 
     def __post_init__(self):
         if self.search not in SEARCHES:
@@ -70,22 +70,13 @@ _WHOLE = tuple(f.name for f in fields(Recipe) if type(f.default) is int)
 # %% ../../nbs/50_train/581_tune.ipynb #b7451275
 def read_search(path: Path | str, given: Mapping | None = None) -> Search:
     "A tune.yaml; `given` wins over the recipe's values. Errors: FileNotFoundError; ValueError, TypeError that name the file."
-    import yaml
-
-    path = Path(path).expanduser()
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no {path}; a search is a YAML file with `recipe:` and `space:`")
+    facts, known = mapping(path, "search", "`recipe:`, `space:` and how it is searched"), [f.name for f in fields(Search)] + ["set"]
     try:
-        facts = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as err:
-        raise ValueError(f"{path} can't be read as YAML: {err}") from err
-    known = [f.name for f in fields(Search)] + ["set"]
-    try:
-        if not isinstance(facts, dict) or not isinstance(facts.get("space"), dict) or not facts["space"] or not isinstance(facts.get("recipe"), str):
+        if not isinstance(facts.get("space"), dict) or not facts["space"] or not isinstance(facts.get("recipe"), str):
             raise ValueError("a search names a file as `recipe:` and what is varied under `space:`")
         if wrong := [k for k in facts if k not in known]:
             raise unknown("key", wrong[0], known)
-        r = read_recipe(path.parent / facts.pop("recipe"), (facts.pop("set", None) or {}) | dict(given or {}))
+        r = read_recipe(Path(path).expanduser().parent / facts.pop("recipe"), (facts.pop("set", None) or {}) | dict(given or {}))
         if wrong := [k for k in facts["space"] if k not in r.to_dict()]:
             raise unknown("key of a recipe", wrong[0], r.to_dict())
         return Search(r, {k: values(k, v) for k, v in facts.pop("space").items()}, **facts)
@@ -103,7 +94,7 @@ def trial_run(folder: Path, name: str, r: Recipe):
 
 
 def adopt(run, r: Recipe, donor: Path) -> None:
-    "Go on from another trial's checkpoint under recipe `r`, and write what changed into the manifest. ValueError when that is more than a number that may move."
+    "Go on from a checkpoint, mostly another trial's, under recipe `r`, and write what changed into the manifest. ValueError when that is more than a number that may move."
     from vidgen.train.trainer import IDENTITY, Shelf
 
     note = json.loads((donor / IDENTITY).read_text())
@@ -117,7 +108,8 @@ def adopt(run, r: Recipe, donor: Path) -> None:
     shelf.folder.mkdir(parents=True, exist_ok=True)
     shutil.copy2(donor / CHECKPOINT, shelf.folder / ("checkpoint.safetensors" if r.keep == 1 else f"step-{step['step']:08d}.safetensors"))
     shutil.copy2(donor / IDENTITY, run.path / IDENTITY)
-    run.record(changes=run.manifest.get("changes", []) + [step | {"changed": changed}])
+    if changed or step["trial"] != run.name:
+        run.record(changes=run.manifest.get("changes", []) + [step | {"changed": changed}])
 
 # %% ../../nbs/50_train/581_tune.ipynb #a40ce42f
 def reporter(run, pbt: bool, name: str) -> Callable:
@@ -183,13 +175,25 @@ def domains(space: Mapping) -> dict:
     return {name: domain(name, given) for name, given in space.items()}
 
 
+def within(space: Mapping) -> Callable:
+    "What brings a setting that pbt has multiplied back into its ranges."
+    def back(setting: dict) -> dict:
+        ends = {n: given for n, given in space.items() if isinstance(given, Range)}
+        clamped = {n: min(max(setting[n], given.low), given.high) for n, given in ends.items()}
+        return setting | {n: round(v) if n in _WHOLE else v for n, v in clamped.items()}
+
+    return back
+
+
 def told_by(search: Search) -> dict:
     "`search_alg` and `scheduler` of Ray Tune. ImportError that names vidgen[ray]."
     from ray.tune.schedulers import ASHAScheduler, PopulationBasedTraining
+    from ray.tune.search.basic_variant import BasicVariantGenerator
 
     if search.search == "pbt":
         rates = {n: d if isinstance(search.space[n], Range) else list(search.space[n]) for n, d in domains(search.space).items()}
-        return {"scheduler": PopulationBasedTraining(time_attr="step", perturbation_interval=search.milestone, hyperparam_mutations=rates, quantile_fraction=min(0.25 if search.trials >= 4 else 0.5, 0.5), synch=True)}
+        how = dict(time_attr="step", perturbation_interval=search.milestone, quantile_fraction=0.25 if search.trials >= 4 else 0.5, synch=True)
+        return {"search_alg": BasicVariantGenerator(random_state=search.seed), "scheduler": PopulationBasedTraining(hyperparam_mutations=rates, custom_explore_fn=within(search.space), **how)}
     need("optuna", "ray")
     from ray.tune.search.optuna import OptunaSearch
 
@@ -213,6 +217,15 @@ def picture(search: Search, rows: list[dict]):
     return figure
 
 # %% ../../nbs/50_train/581_tune.ipynb #6b0ab68e
+def cores(search: Search, ray) -> int:
+    "Cores a trial asks for, so that no more than `together` run at once. ValueError where that can't be told."
+    if search.search != "pbt" or not search.together:
+        return 1
+    if sum(node["Alive"] for node in ray.nodes()) > 1:
+        raise ValueError("together limits a population by the cores of one machine, and this cluster has several: leave it out, and as many trials run as there are cores or GPUs")
+    return int(ray.cluster_resources()["CPU"]) // (search.together + 1) + 1
+
+# %% ../../nbs/50_train/581_tune.ipynb #29afb5ef
 def tuned(
     search: Search,
     *,
@@ -227,12 +240,12 @@ def tuned(
     resumed, run = run is not None, run or runs.Run.create(name, _plain(search), trackers=[])
     gpu = search.recipe.device.startswith("cuda") or search.recipe.device == "auto" and ray.cluster_resources().get("GPU", 0) >= 1
     facts = {"search": _plain(search), "folder": str(run.path / "trials"), "threads": max(1, int(os.environ.get("OMP_NUM_THREADS", "1")))}
-    work = tune.with_resources(tune.with_parameters(trial, **facts), {"cpu": 1, "gpu": int(gpu)})
+    work = tune.with_resources(tune.with_parameters(trial, **facts), {"cpu": cores(search, ray), "gpu": int(gpu)})
     with run:
         if resumed and tune.Tuner.can_restore(str(run.path / "ray")):
             tuner = tune.Tuner.restore(str(run.path / "ray"), trainable=work, resume_unfinished=True, restart_errored=True)
         else:
-            how = tune.TuneConfig(metric="held_loss", mode="min", num_samples=search.trials, max_concurrent_trials=search.together or None, **told_by(search))
+            how = tune.TuneConfig(metric="held_loss", mode="min", num_samples=search.trials, max_concurrent_trials=search.together if search.search == "asha" and search.together else None, **told_by(search))
             config = tune.RunConfig(name="ray", storage_path=str(run.path), failure_config=tune.FailureConfig(max_failures=2), verbose=0)
             tuner = tune.Tuner(work, param_space=domains(search.space), tune_config=how, run_config=config)
         tuner.fit()
