@@ -126,18 +126,33 @@ def picture(z_FCHW, colours, widest: int = 640):
 class _Previews:
     "Publishes a strip now and then, beside the work; a trouble with a preview never costs the clip."
 
-    def __init__(self, work: Work, gen, frames: int, steps: int, every: float = 2.0):
-        self.work, self.gen, self.frames, self.steps, self.every, self.last, self.n = work, gen, frames, steps, every, time.monotonic(), 0
+    def __init__(self, work: Work, gen, height: int, width: int, steps: int, every: float = 2.0):
+        self.work, self.gen, self.size, self.steps, self.every, self.last, self.n = work, gen, (height, width), steps, every, time.monotonic(), 0
+        self.z_FCHW = None
 
     def __call__(self, step: int, timestep, z_BFCHW) -> None:
+        if step + 1 == self.steps:
+            self.z_FCHW = z_BFCHW[0].float().cpu().numpy().copy()
         first = self.n == 0 and step + 1 >= self.steps // 2
         if not first and time.monotonic() - self.last < self.every or step + 1 == self.steps:
             return
         self.last, self.n = time.monotonic(), self.n + 1
         z = z_BFCHW[0].float().cpu().numpy().copy()
         if getattr(self.gen, "colours", None) is None:
-            self.gen.colours = fitted(z, self.gen.decode(z_BFCHW, self.frames)[0].frames)
+            self.gen.colours = self.fit(z_BFCHW)
         self.work.beside(partial(self.publish, z, f"preview-{self.n}.png", step + 1))
+
+    def fit(self, z_BFCHW):
+        "The map of this model, from the shortest beginning it can decode."
+        parts = self.gen.parts
+        few = min(parts.family.rules(parts.configs).frames)
+        head = z_BFCHW[:1, :parts.family.latent_shape(parts, few, *self.size)[0]]
+        return fitted(head[0].float().cpu().numpy(), self.gen.decode(head, few)[0].frames)
+
+    def learn(self, frames_THWC) -> None:
+        "Fit the map anew to a finished clip: once for a model."
+        if self.z_FCHW is not None and not getattr(self.gen, "learned", False):
+            self.gen.colours, self.gen.learned = fitted(self.z_FCHW, frames_THWC), True
 
     def publish(self, z_FCHW, name: str, step: int) -> None:
         "Draw the strip and let it be seen."
@@ -168,13 +183,14 @@ def _make(work: Work) -> Callable[[], dict]:
     gen = work.pool.get(asked["model"])
     wear(gen, spec.get("adapter"), float(spec.get("adapter_scale", 1.0)))
     steps = spec.get("num_inference_steps") or gen.entry.num_inference_steps
-    previews, start = _Previews(work, gen, asked["generated_frames"], steps), time.perf_counter()
+    previews, start = _Previews(work, gen, asked["height"], asked["width"], steps), time.perf_counter()
     image = work.claim.jobs.kept(spec["image"], work.claim.job.owner or None).path if spec.get("image") else None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # they are in the result
         clip, = gen.generate(spec["prompt"], image, seed=spec.get("seed"), num_frames=asked["generated_frames"], cancel=work.cancel, callback=previews,
                              progress=lambda heard: _tell(work, heard), **{k: spec[k] for k in PASSED if spec.get(k) is not None})
     seconds = time.perf_counter() - start
+    previews.learn(clip.frames)
     return partial(_saved, work, clip, asked, {"seconds": round(seconds, 3), "peak_gib": peak_gib(gen.parts.device), "model": asked["model"].partition("+")[0]})
 
 
