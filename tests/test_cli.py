@@ -454,3 +454,17 @@ def test_doctor_sees_a_second_opencv_a_missing_package_and_a_full_disk(monkeypat
     assert found.state == "broken" and found.mend == "pip install --force-reinstall av"
     monkeypatch.setenv("HF_HOME", "/proc/no/hf")
     assert [f.state for f in doctor.folders() if f.name == "hub cache"] == ["look"]
+
+
+def test_what_commands_ask_in_the_same_words_is_declared_once():
+    "By `options`; where the words differ, what is meant differs: a folder of films, a GPU for each process, tiles dealt out."
+    from typing import get_type_hints
+
+    from vidgen.generate import batch_command, command, options, parallel_command
+
+    hints = [get_type_hints(f, include_extras=True) for f in (command.generate, batch_command.command, parallel_command.command)]
+    for name in {n for one in hints for n in one if n != "return" and sum(n in other for other in hints) > 1}:
+        kinds = [one[name].__metadata__[0] for one in hints if name in one]
+        assert all(k is kinds[0] for k in kinds) or name in ("prompt", "out", "device", "tiling"), name
+    declared = [v.__metadata__[0] for v in vars(options).values() if hasattr(v, "__metadata__")]
+    assert len(declared) > 20 and all(any(k is one[n].__metadata__[0] for one in hints for n in one if n != "return") for k in declared)

@@ -82,11 +82,32 @@ def test_pages_of_jobs_are_cut_by_id_and_filtered(http, service):
 def test_prefer_wait_waits_for_the_end(http, service):
     import threading
 
-    threading.Timer(0.3, finish, [service]).start()
+    def worked():
+        time.sleep(0.3)
+        while not service.jobs.list(state="queued"):
+            time.sleep(0.05)
+        finish(service)
+
+    threading.Thread(target=worked).start()
     start = time.monotonic()
     done = http.post("/v1/jobs", json={"spec": {"prompt": PROMPT}}, headers={"Prefer": "wait=10"}).json()
     assert done["state"] == "succeeded" and 0.2 < time.monotonic() - start
     assert http.post("/v1/jobs", json={"spec": {"prompt": PROMPT}}, headers={"Prefer": "wait=0"}).json()["state"] == "queued"
+
+
+def test_cancel_after_stops_a_job_and_has_bounds(http, service):
+    ask = lambda after: http.post("/v1/jobs", json={"spec": {"prompt": PROMPT}}, headers={"Cancel-After": after})  # noqa: E731
+    job = ask("60").json()
+    assert job["cancel_at"] == pytest.approx(job["created_at"] + 60) and http.post("/v1/jobs", json={"spec": {"prompt": PROMPT}}).json()["cancel_at"] is None
+    for wrong in ("4", "86401", "1m", "-5", "nan", "inf", "1e9", "60.5"):
+        refused = ask(wrong)
+        assert refused.status_code == 422 and "cancel-after" in refused.json()["detail"].lower(), (wrong, refused.text)
+    assert ask("5").status_code == ask("86400").status_code == 202
+    with service.jobs.writing() as ledger:
+        ledger.run(ledger.t.job.update().where(ledger.t.job.c.id == job["id"]).values(cancel_at=1.0))
+    service.jobs.expire()
+    now = http.get(job["links"]["self"]).json()
+    assert now["state"] == "canceled" and now["error"]["code"] == "cancel_after"
 
 
 def test_a_batch_is_accepted_whole_or_not_at_all(http, service):
@@ -122,6 +143,15 @@ def test_events_as_a_page(http, service):
     rows = http.get(job["links"]["events"]).json()["data"]
     assert [r["seq"] for r in rows] == list(range(1, len(rows) + 1)) and rows[0]["type"] == "queued" and rows[-1]["type"] == "succeeded"
     assert [r["seq"] for r in http.get(job["links"]["events"], params={"after": 2}).json()["data"]] == [r["seq"] for r in rows if r["seq"] > 2]
+
+
+def test_a_number_no_event_will_ever_have_is_merely_the_end(http, service):
+    job = ask(http)
+    finish(service)
+    for far in (2**31 - 1, 2**31, 2**53):
+        assert http.get(job["links"]["events"], params={"after": far}).json() == {"data": []}
+        for head in ({"Last-Event-ID": str(far)}, {"Last-Event-ID": str(far * 2**40)}):
+            assert http.get(job["links"]["events"], headers={"Accept": "text/event-stream"} | head).status_code in (204, 422)
 
 
 # S1

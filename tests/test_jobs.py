@@ -3,6 +3,7 @@ import errno
 import os
 import random
 import threading
+import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -271,14 +272,21 @@ def racing(*acts):
     return found
 
 
+def late(act, pause):
+    time.sleep(pause)
+    return act()
+
+
 def expiry_races(jobs, clock, count):
     "The clock passes a job's time while it is claimed and expired: it runs or has expired, never both."
-    ends = Counter()
+    ends, rng = Counter(), random.Random(5)
     for _ in range(count):
-        job = jobs.submit("noop", {}, expires_in=1)
-        def tick():
+        job, pauses = jobs.submit("noop", {}, expires_in=1), [rng.uniform(0, 0.006) for _ in range(3)]
+
+        def tick(pause=pauses[0]):
+            time.sleep(pause)
             clock[0] += 1
-        claim, expired, _ = racing(lambda: jobs.claim("w"), jobs.expire, tick)
+        claim, expired, _ = racing(partial(late, partial(jobs.claim, "w"), pauses[1]), partial(late, jobs.expire, pauses[2]), tick)
         assert expired + jobs.expire() + (claim is not None) == 1
         if claim:
             claim.publish([], {})
@@ -351,7 +359,7 @@ def cancel_races(jobs, clock, count):
     rng, seen, ends = random.Random(3), Counter(), Counter()
     for _ in range(count):
         where, job, claim, act = brought_to(jobs, clock, rng)
-        canceled, done = racing(partial(jobs.cancel, job.id), act)
+        canceled, done = racing(partial(late, partial(jobs.cancel, job.id), rng.uniform(0, 0.01)), act)
         assert not isinstance(canceled, Exception) or isinstance(canceled, Conflict), canceled
         assert not isinstance(done, Exception) or isinstance(done, (Canceled, Lost)), done
         taken = done if isinstance(done, Claim) else claim

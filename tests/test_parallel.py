@@ -198,9 +198,53 @@ def test_run_parallel_makes_the_clip_of_one_process():
     assert together[0].made["split"] == {"ulysses": 2, "ring": 1, "cfg": 2} and Progress("denoise", 6, 6) in seen
 
 
+def test_the_kernel_that_was_asked_for_computes_the_shares():
+    "In the attention of a split clip, where no processor of the model hears of it."
+    import torch
+    from torch.nn.attention import sdpa_kernel
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.add(func.__name__.split(".")[0])
+            return func(*args, **kwargs or {})
+
+    mesh, found = sequence.Mesh(sequence.Split()), {}
+    q, k, v = torch.randn(3, 2, 20, 4, 32).unbind()
+    for kernel in ("auto", "math"):
+        seen, deal = set(), parallel.Deal(mesh, kernel)
+        deal.tokens(20)
+        with torch.no_grad(), sdpa_kernel([torch.nn.attention.SDPBackend.MATH, torch.nn.attention.SDPBackend.FLASH_ATTENTION]), Watch():
+            found[kernel] = deal.attention(q, k, v), any("flash_attention" in name for name in seen)
+    assert torch.allclose(found["auto"][0], found["math"][0], atol=1e-5) and found["auto"][1] and not found["math"][1]
+
+
+def test_a_plan_is_made_once_for_the_memory_each_process_has(monkeypatch):
+    from vidgen.errors import DoesNotFit
+    from vidgen.models import plan
+
+    monkeypatch.setattr(plan, "free_memory", lambda device: 8 * 2**30)
+    ask = dict(device="cpu", precision="auto", force=False, how={"compile": True}, options={"num_inference_steps": 2, "seed": 3})
+    made = parallel.planned("shapes-t2v", sequence.Split(2, 1, 2), "auto", **ask)
+    assert made.free_gib == 2 and made.compile and made.ulysses == made.cfg == 1 and parallel.planned("shapes-t2v", sequence.Split(2), None, **ask) is None
+    monkeypatch.setattr(plan, "free_memory", lambda device: 2**20)
+    with pytest.raises(DoesNotFit):
+        parallel.planned("shapes-t2v", sequence.Split(2), "auto", **ask)
+
+
+@pytest.mark.slow
+def test_a_split_clip_by_a_plan_and_a_kernel_is_the_same_clip():
+    import vidgen
+
+    prompt, asked = "a red circle moving right on a white background", dict(seed=7, num_inference_steps=2)
+    alone, = vidgen.load("shapes-t2v").generate(prompt, **asked)
+    together, = parallel.run_parallel("shapes-t2v", prompt, ulysses=2, plan="auto", attention="math", **asked)
+    assert int(abs(alone.frames.astype(int) - together.frames).max()) <= 1 and any("math" in said for said in together.made["carried_out"])
+
+
 @pytest.mark.slow
 def test_torchrun(tmp_path):
-    asked = ["-m", "vidgen.generate.parallel", "--prompt", "a red circle", "--steps", "2", "--out", "clip.mp4", "--device", "cpu"]
+    asked = ["-m", "vidgen.generate.parallel", "--prompt", "a red circle", "--steps", "2", "--out", "clip.mp4", "--device", "cpu", "--plan", "auto"]
     done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", *asked, "--ring", "2"], cwd=tmp_path, env=env(), capture_output=True, text=True, timeout=150)
     assert done.returncode == 0 and (tmp_path / "clip.mp4").stat().st_size and done.stdout.count("ring 2") == 1, done.stderr
     done = subprocess.run([sys.executable, *asked, "--ulysses", "3", "--overwrite"], cwd=tmp_path, env=env(), capture_output=True, text=True, timeout=150)
@@ -210,7 +254,8 @@ def test_torchrun(tmp_path):
 @pytest.mark.parametrize("words,said", [
     (["--steps", "0"], "--steps 0 must be a whole number"), (["--frames", "10"], "--frames 10 can't be made"), (["--precision", "fb16"], "unknown precision"), (["--device", "gpu"], "unknown device"),
     (["--guidance", "0"], "--guidance 0"), (["--cache", "tecache:1"], "nearest: teacache"), (["--cache", "firstblock:0.05"], "firstblock"), (["--model", "shapes-t2w"], "nearest: shapes-t2v"),
-    (["--cfg", "2", "--guidance", "1"], "--cfg 2, but this model computes one answer")])
+    (["--cfg", "2", "--guidance", "1"], "--cfg 2, but this model computes one answer"), (["--attention", "flsh"], "nearest: flash"), (["--ring", "2", "--attention", "math"], "--attention 'math' with --ring 2"),
+    (["--plan", "atuo"], "nearest: auto")])
 def test_a_wrong_request_is_one_sentence_before_any_process_starts(words, said, monkeypatch, capsys, tmp_path):
     from vidgen.generate import launch as module
     from vidgen.generate.parallel_command import main

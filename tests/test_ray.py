@@ -51,6 +51,21 @@ def test_numbers_that_make_no_sense(wrong):
         cluster.train_on(Recipe(data="world:4"), **wrong)
 
 
+def test_a_cluster_that_does_not_start_is_tried_twice_and_explained():
+    from types import SimpleNamespace
+
+    from vidgen.cli import explain
+
+    calls = []
+
+    def init(**how):
+        calls.append("init")
+        raise RuntimeError("The current node timed out during startup.")
+    with pytest.raises(ConnectionError, match="try again when less is running") as caught:
+        cluster._started(SimpleNamespace(init=init, shutdown=lambda: calls.append("shutdown")), 1)
+    assert calls == ["init", "shutdown"] * 2 and "not foreseen" not in explain(caught.value)[0]
+
+
 # what leads the workers, without a cluster
 
 @pytest.fixture

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 import types
 
 import numpy as np
@@ -283,6 +284,42 @@ def test_wandb_offline_for_real(tmp_path, monkeypatch):
     run.log(step=4, loss=0.5)
     run.finish()
     assert list(run.path.glob("wandb/offline-run-*/*.wandb"))
+
+
+@pytest.mark.slow
+def test_wandb_goes_on_from_what_its_files_have_kept(tmp_path, monkeypatch):
+    "The first session is killed before it wrote anything, the second ends well and the third says some things again."
+    from vidgen.runs import heard_by_wandb
+
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    code = """
+import os, sys
+from pathlib import Path
+import numpy as np
+from vidgen.clip import Clip
+from vidgen.runs import Run
+run = Run.create("a", {}, root=Path(sys.argv[1]), trackers=["wandb"])
+run.save_clip("before-0", Clip(np.zeros((3, 16, 16, 3), np.uint8), fps=8))
+run.log(step=1, **{"x.y": 0.5})
+run.log(step=2, **{"x.y": 0.25})
+os.kill(os.getpid(), 9)
+"""
+    env = {k: v for k, v in os.environ.items() if k != "WANDB_SERVICE"}
+    assert subprocess.run([sys.executable, "-c", code, str(tmp_path)], env=env).returncode == -9
+    path = next(tmp_path.glob("a-*"))
+    for steps in ((3,), (2, 3, 4)):
+        run = Run.open(path, trackers=["wandb"])
+        for step in steps:
+            run.log(step=step, **{"x.y": 1.0 / step, "note": 1.0})
+        run.save_clip("before-0", vidgen.Clip(np.zeros((3, 16, 16, 3), np.uint8), fps=8), overwrite=True)
+        run.finish()
+    until = time.monotonic() + 60  # its service writes the end when it has the time
+    while heard_by_wandb(path)[1] < 6 and time.monotonic() < until:
+        time.sleep(0.1)
+    known, end = heard_by_wandb(path)
+    assert {step for name, step in known if name == "x.y"} == {1, 2, 3, 4} and ("before-0", None) in known and ("note", 4) in known
+    assert end == 6, "four steps, a film, and the note of step 2, which was not told before"
 
 
 @pytest.mark.slow

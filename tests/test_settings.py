@@ -126,6 +126,14 @@ def test_a_wrong_file_is_refused_and_named(tmp_path, text, message):
     assert "settings.ini" in str(err.value)
 
 
+def test_files_are_kept_neither_for_no_time_nor_for_ever(tmp_path):
+    for line, says in (("uploads_days = 0", "at least 0.01"), ("videos_days = 4000", "at most 3650"), ("temp_hours = inf", "not a finite number"), ("processed_days = -1", "at least"), ("upload_days = 3", "nearest: uploads_days")):
+        with pytest.raises(ValueError, match=says):
+            Settings.load(write(tmp_path, f"[storage]\n{line}\n"))
+    kept = Settings.load(write(tmp_path, "[storage]\nuploads_days = 0.5\n")).storage
+    assert (kept.uploads_days, kept.processed_days, kept.videos_days, kept.temp_hours) == (0.5, 3, 30, 1)
+
+
 def test_bytes_that_are_no_text_and_a_missing_file(tmp_path):
     path = tmp_path / "settings.ini"
     path.write_bytes(b"[train]\n\xff\xfe\x00")

@@ -673,7 +673,7 @@ def test_real_trackers_get_numbers_films_adapter_and_report(tmp_path, monkeypatc
 
 
 def heard_by_wandb(folder):
-    "(wandb's own step, name, our step, value) of all numbers and films in the files of a run's sessions, which are LevelDB logs of protobuf records."
+    "(wandb's own step, name, our step, its value or nothing) of all numbers and films in the files of a run's sessions, which are LevelDB logs of protobuf records."
     from wandb.proto import wandb_internal_pb2 as proto
 
     found = []
@@ -686,7 +686,7 @@ def heard_by_wandb(folder):
             size, kind = int.from_bytes(data[at + 4:at + 6], "little"), data[at + 6]
             record, at = record + data[at + 7:at + 7 + size], at + 7 + size
             if kind in (1, 4):  # whole, or its last part
-                items = {item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in proto.Record.FromString(record).history.item}
+                items = {(item.nested_key or [item.key])[0]: None if len(item.nested_key) > 1 else json.loads(item.value_json) for item in proto.Record.FromString(record).history.item}
                 found += [(items["_step"], name, items.get("step"), value) for name, value in items.items() if name != "step" and not name.startswith("_")]
                 record = b""
     return found
@@ -729,9 +729,10 @@ def test_trackers_hear_of_each_step_once_after_two_kills(tmp_path, monkeypatch):
     expected = {"train/loss": list(range(1, 9)), "held/loss/mean": [5], "after/loss/mean": [8]}
     assert {name: sorted(m.step for m in client.get_metric_history(mine, name)) for name in expected} == expected
     assert client.get_run(mine).info.status == "FINISHED" and len(client.search_runs([experiment])) == 3
+    until(lambda: any(name == "after/loss/mean" for _, name, _, _ in heard_by_wandb(run.path)))
     said = heard_by_wandb(run.path)
     assert {name: sorted(step for _, n, step, _ in said if n == name) for name in expected} == expected
-    films = [name for _, name, _, value in said if isinstance(value, dict)]
+    films = [name for _, name, _, value in said if value is None]
     assert sorted(films) == ["after-0", "before-0", "step000005-0"]
     axis = {}
     for at, name, step, _ in said:

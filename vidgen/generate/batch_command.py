@@ -15,7 +15,7 @@ from typing import Annotated
 import typer
 
 from ..errors import Canceled
-from . import gallery
+from . import gallery, options as asks
 from ..runs import Run
 
 # %% ../../nbs/30_generate/392_batch_command.ipynb #d64c02cb
@@ -62,7 +62,6 @@ def _finish(run: Run, outcome) -> None:
     run.finish(**number, **mean, out=str(outcome.folder), clips_per_minute=outcome.facts.get("clips_per_minute"), notes=outcome.facts.get("notes", []))
 
 # %% ../../nbs/30_generate/392_batch_command.ipynb #5cc44ac2
-_HOW = "How it runs"
 _LINE = ('JSONL or a JSON list, one object for each request; - reads standard input. A line: {"prompt": "a red circle", "seed": 7, "num_inference_steps": 25}. Keys: prompt, model, image, seed, num_frames, height, width, '
          "num_inference_steps, guidance_scale, guidance (a schedule), negative_prompt, num_videos_per_prompt, name; all but prompt may be left out.")
 
@@ -72,31 +71,30 @@ def command(
     out: Annotated[str, typer.Option("--out", "-o", help="The folder of the films.", show_default=False)],
     devices: Annotated[str | None, typer.Option("--devices", "-d", help="4, cuda:0,cuda:1 or cpu:2: a process for each.", show_default="one, in this process")] = None,
     at_once: Annotated[int | None, typer.Option(help="Clips computed together.", show_default="2 on a CPU, 4 on a GPU", min=1)] = None,
-    precision: Annotated[str, typer.Option(help="auto, fp32, fp16, bf16.")] = "auto",
-    force: Annotated[bool, typer.Option("--force", help="Load although memory looks too small.")] = False,
+    precision: asks.Precision = "auto",
+    force: asks.Force = False,
     redo_degraded: Annotated[bool, typer.Option("--redo-degraded", help="Make clips anew for which memory had run out.")] = False,
-    plan: Annotated[str | None, typer.Option(help="auto: the fastest way that fits; auto-lossy: with a step cache, too.", show_default="one device, nothing saved", rich_help_panel=_HOW)] = None,
-    cache: Annotated[str | None, typer.Option(help="Skip steps that change little: auto, teacache:0.1, magcache:0.12, firstblock:0.05, steps:0-4,7,…", show_default="every step", rich_help_panel=_HOW)] = None,
-    gate: Annotated[float | None, typer.Option(help="Share of the steps that ask for guidance; the rest reuse it.", show_default="1", rich_help_panel=_HOW)] = None,
-    scheduler: Annotated[str, typer.Option(help="Another sampler: dpm or ddim for CogVideoX, unipc or euler for Wan.", show_default="the model's own", rich_help_panel=_HOW)] = "",
-    attention: Annotated[str | None, typer.Option(help="auto, sdpa, cudnn, flash, efficient, math, flash-attn, sage, xformers, …", show_default="auto", rich_help_panel=_HOW)] = None,
-    compile: Annotated[bool, typer.Option("--compile", help="Compile the blocks: slow to begin, then faster.", rich_help_panel=_HOW)] = False,
-    quantise: Annotated[str | None, typer.Option(help="int8-weight, int8-dynamic, fp8-weight, fp8-dynamic.", show_default="not", rich_help_panel=_HOW)] = None,
-    storage: Annotated[str | None, typer.Option(help="fp8: weights kept in 8 bits.", show_default="as computed", rich_help_panel=_HOW)] = None,
-    offload: Annotated[str | None, typer.Option(help="none, model, group or sequential: weights wait in the host's memory.", show_default="none", rich_help_panel=_HOW)] = None,
-    tiling: Annotated[bool, typer.Option("--tiling", help="Decode frames in tiles: less memory.", rich_help_panel=_HOW)] = False,
-    lora: Annotated[list[str] | None, typer.Option(help="An adapter, FILE or FILE:scale, for all clips; may be given several times.", show_default=False, rich_help_panel=_HOW)] = None,
+    plan: asks.Plan = None,
+    cache: asks.Cache = None,
+    gate: asks.Gate = None,
+    scheduler: asks.Scheduler = "",
+    attention: asks.Attention = None,
+    compile: asks.Compile = False,
+    quantise: asks.Quantise = None,
+    storage: asks.Storage = None,
+    offload: asks.Offload = None,
+    tiling: asks.Tiling = False,
+    lora: asks.Lora = None,
     check: Annotated[bool, typer.Option("--check", help="Say what would be made, and make nothing.")] = False,
-    no_run: Annotated[bool, typer.Option("--no-run", help="Keep no record under runs/.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+    no_run: asks.NoRun = False,
+    as_json: asks.AsJSON = False,
 ) -> int:
     "Make the clips of a file of requests, and a page of them. Exit status 1 when a clip could not be made."
     from vidgen.generate import batch as page
     from vidgen.generate.requests import read
     from vidgen.generate.workers import devices as places
 
-    how = dict(cache=cache, gate=gate, attention=attention, compile=compile, quantise=quantise, storage=storage, offload=offload, tiling=tiling)
-    how = {k: v for k, v in how.items() if v is not None and v is not False} | {k: v for k, v in {"plan": plan, "scheduler": scheduler, "lora": lora}.items() if v}
+    how = asks.given(cache=cache, gate=gate, attention=attention, compile=compile, quantise=quantise, storage=storage, offload=offload, tiling=tiling, plan=plan or None, scheduler=scheduler or None, lora=lora or None)
     items = read(requests, precision=precision, device=places(devices)[0], **how)
     if check:
         print("\n".join(preview(items, Path(out).expanduser(), redo_degraded)))

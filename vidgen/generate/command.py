@@ -24,6 +24,7 @@ import typer
 from .. import settings
 from ..clip import Clip, open_image, writable
 from ..errors import Canceled, nearest, unknown
+from . import options as asks
 from .steps import asked, parse
 from ..models.family import PRECISIONS, Entry, family, read_configs
 from ..progress import Progress, bar
@@ -302,42 +303,41 @@ def work(
     return _result(request, gen, clips[0], facts, gen.timings | seconds, notes, run)
 
 # %% ../../nbs/30_generate/39_command.ipynb #d6c3ed7b
-_HOW = "How it runs"
 _KEPT = ("path", "as_asked", "stability", "verdict", "dynamic_degree", "seen", "hash")  # of each clip, in the run's result
 
 
 def generate(
     prompt: Annotated[str, typer.Argument(help="What should be seen, in quotes.", show_default=False)],
-    model: Annotated[str | None, typer.Option("--model", "-m", help="A name of `vidgen models`, or a folder.", show_default="settings.ini, else shapes-t2v")] = None,
-    out: Annotated[str | None, typer.Option("--out", "-o", help=".mp4, .gif or .png (a strip of frames).", show_default="from prompt and seed")] = None,
-    image: Annotated[str | None, typer.Option("--image", "-i", help="The first frame, for image-to-video models.", show_default=False)] = None,
-    seed: Annotated[int | None, typer.Option("--seed", "-s", help="Same seed, same clip; clip i of several gets seed + i.", show_default="settings.ini, else 0")] = None,
-    steps: Annotated[int | None, typer.Option("--steps", help="Denoising steps: more is slower and cleaner.", show_default="the model's own")] = None,
-    guidance: Annotated[float | None, typer.Option("--guidance", help="How strongly the prompt steers; 1 = not at all.", show_default="the model's own")] = None,
-    guidance_schedule: Annotated[str | None, typer.Option(help="constant, dynamic or dynamic-diffusers.", show_default="the model's own")] = None,
-    negative: Annotated[str | None, typer.Option(help="What guidance walks away from; \"\" for nothing.", show_default="the model's own")] = None,
-    frames: Annotated[int | None, typer.Option(help="Number of frames.", show_default="the model's own")] = None,
-    width: Annotated[int | None, typer.Option(help="Pixels.", show_default="the model's own")] = None,
-    height: Annotated[int | None, typer.Option(help="Pixels.", show_default="the model's own")] = None,
+    model: asks.Model = None,
+    out: asks.Out = None,
+    image: asks.Image = None,
+    seed: asks.Seed = None,
+    steps: asks.Steps = None,
+    guidance: asks.Guidance = None,
+    guidance_schedule: asks.GuidanceSchedule = None,
+    negative: asks.Negative = None,
+    frames: asks.Frames = None,
+    width: asks.Width = None,
+    height: asks.Height = None,
     fps: Annotated[float | None, typer.Option(help="Frames per second of the film.", show_default="the model's own")] = None,
     num_videos: Annotated[int, typer.Option("--num-videos", "-n", help="How many clips; their names get a number.")] = 1,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
-    precision: Annotated[str, typer.Option(help="auto, fp32, fp16, bf16.")] = "auto",
-    force: Annotated[bool, typer.Option("--force", help="Load although memory looks too small.")] = False,
-    plan: Annotated[str | None, typer.Option(help="auto: the fastest way that fits this device; auto-lossy: with a step cache, too.", show_default="one device, nothing saved", rich_help_panel=_HOW)] = None,
-    cache: Annotated[str | None, typer.Option(help="Skip steps that change little: auto, teacache:0.1, magcache:0.12, firstblock:0.05, steps:0-4,7,…", show_default="every step", rich_help_panel=_HOW)] = None,
-    gate: Annotated[float | None, typer.Option(help="Share of the steps that ask for guidance; the rest reuse it.", show_default="1", rich_help_panel=_HOW)] = None,
-    scheduler: Annotated[str, typer.Option(help="Another sampler: dpm or ddim for CogVideoX, unipc or euler for Wan.", show_default="the model's own", rich_help_panel=_HOW)] = "",
-    attention: Annotated[str | None, typer.Option(help="auto, sdpa, cudnn, flash, efficient, math, flash-attn, sage, xformers, …", show_default="auto", rich_help_panel=_HOW)] = None,
-    compile: Annotated[bool, typer.Option("--compile", help="Compile the blocks: slow to begin, then faster; pays for many clips.", rich_help_panel=_HOW)] = False,
-    quantise: Annotated[str | None, typer.Option(help="int8-weight, int8-dynamic, fp8-weight, fp8-dynamic.", show_default="not", rich_help_panel=_HOW)] = None,
-    storage: Annotated[str | None, typer.Option(help="fp8: weights kept in 8 bits.", show_default="as computed", rich_help_panel=_HOW)] = None,
-    offload: Annotated[str | None, typer.Option(help="none, model, group or sequential: weights wait in the host's memory.", show_default="none", rich_help_panel=_HOW)] = None,
-    tiling: Annotated[bool, typer.Option("--tiling", help="Decode frames in tiles: less memory.", rich_help_panel=_HOW)] = False,
-    lora: Annotated[list[str] | None, typer.Option(help="An adapter, FILE or FILE:scale; may be given several times.", show_default=False, rich_help_panel=_HOW)] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a file that is there.")] = False,
-    no_run: Annotated[bool, typer.Option("--no-run", help="Keep no record under runs/.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    device: asks.Device = "auto",
+    precision: asks.Precision = "auto",
+    force: asks.Force = False,
+    plan: asks.Plan = None,
+    cache: asks.Cache = None,
+    gate: asks.Gate = None,
+    scheduler: asks.Scheduler = "",
+    attention: asks.Attention = None,
+    compile: asks.Compile = False,
+    quantise: asks.Quantise = None,
+    storage: asks.Storage = None,
+    offload: asks.Offload = None,
+    tiling: asks.Tiling = False,
+    lora: asks.Lora = None,
+    overwrite: asks.Overwrite = False,
+    no_run: asks.NoRun = False,
+    as_json: asks.AsJSON = False,
 ) -> None:
     "Make a clip from a prompt, save it, and say what can be measured in it."
     if fps is not None and not 0 < fps <= 1000:
@@ -351,8 +351,7 @@ def generate(
             asked(cache)
         paths = targets(out, prompt, request.seed, num_videos, overwrite=overwrite)
         with recorded(vars(request) | {"out": [str(p) for p in paths]}, keep=not no_run) as run:
-            how = dict(cache=cache, gate=gate, attention=attention, compile=compile, quantise=quantise, storage=storage, offload=offload, tiling=tiling)
-            how = {k: v for k, v in how.items() if v is not None and v is not False}
+            how = asks.given(cache=cache, gate=gate, attention=attention, compile=compile, quantise=quantise, storage=storage, offload=offload, tiling=tiling)
             result = work(request, paths, fps=fps, overwrite=overwrite, run=run, lora=lora or (), device=device, precision=precision, force=force, plan=plan, scheduler=scheduler, **how)
             print(json.dumps(result, indent=1, ensure_ascii=False) if as_json else report(result))
             if run:

@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['WAYS', 'Deal', 'JointAttention', 'SelfAttention', 'Way', 'way', 'split', 'check_together', 'work', 'run_parallel',
-           'make', 'choose', 'places', 'heads_of', 'requests_for', 'among', 'started_as']
+           'make', 'choose', 'places', 'heads_of', 'ways', 'planned', 'requests_for', 'among', 'started_as']
 
 # %% ../../nbs/30_generate/38_parallel.ipynb #0b3f4878
 import os
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from ..clip import Clip
@@ -27,9 +28,10 @@ from ..progress import Cancel, ProgressFn, bar
 class Deal:
     "How many text and video tokens each process of a clip holds in the present pass, and what this one holds."
 
-    def __init__(self, mesh: Mesh):
+    def __init__(self, mesh: Mesh, kernel: str = "auto"):
         import torch
 
+        self.kernel = None if kernel == "auto" else partial(_kernel, kernel)
         self.mesh, self.text, self.video, self.whole_text = mesh, [], [], None
         self.attention = torch.compiler.disable(self._attention)  # a compiled block stops for the exchange
 
@@ -54,7 +56,14 @@ class Deal:
 
     def _attention(self, q_BLHD, k_BLHD, v_BLHD):
         "My queries over everybody's tokens."
-        return spread_attention(q_BLHD, k_BLHD, v_BLHD, self.mesh, self.sizes)
+        return spread_attention(q_BLHD, k_BLHD, v_BLHD, self.mesh, self.sizes, self.kernel)
+
+
+def _kernel(name: str, q_BHLD, k_BHLD, v_BHLD):
+    "Attention through the kernel of that name."
+    from vidgen.models.attention import attend
+
+    return attend(*(x.transpose(1, 2) for x in (q_BHLD, k_BHLD, v_BHLD)), name).transpose(1, 2)
 
 # %% ../../nbs/30_generate/38_parallel.ipynb #e39e801b
 def _projected(attn, x_BLD) -> tuple:
@@ -188,9 +197,9 @@ def way(net) -> Way:
 
 # %% ../../nbs/30_generate/38_parallel.ipynb #900034ec
 @contextmanager
-def _shared(net, mesh: Mesh) -> Iterator[None]:
+def _shared(net, mesh: Mesh, kernel: str) -> Iterator[None]:
     "The transformer computes shares meanwhile."
-    deal, handles, kept = Deal(mesh), [], []
+    deal, handles, kept = Deal(mesh, kernel), [], []
     try:
         handles += _halves(net, mesh) if len(mesh.cfg) > 1 else []
         if len(mesh.clip) > 1:
@@ -214,7 +223,8 @@ def split(
     parts: Parts,
     mesh: Mesh,
     *,
-    tiling: bool = False,   # decode the clip in tiles, each by another process
+    tiling: bool = False,       # decode the clip in tiles, each by another process
+    attention: str = "auto",    # the kernel
 ) -> Iterator[Mesh]:
     "The model's transformer and decoder are shared by all processes of the mesh meanwhile; only the first gets the frames. ValueError if it can't be split so."
     net = parts.transformer
@@ -222,7 +232,7 @@ def split(
     with ExitStack() as stack:
         if mesh.split.processes > 1:
             way(net)
-            stack.enter_context(_shared(net, mesh))
+            stack.enter_context(_shared(net, mesh, attention))
             stack.enter_context(shared_decode(parts.vae, mesh, tiling=tiling))
         yield mesh
 
@@ -233,8 +243,6 @@ def _silent(event) -> None:
 
 def _over(progress: ProgressFn, i: int, count: int) -> ProgressFn:
     "Progress of clip `i` of `count` as that of all."
-    from dataclasses import replace
-
     return lambda event: progress(replace(event, done=i * event.total + event.done, total=count * event.total))
 
 
@@ -243,17 +251,19 @@ def check_together(request: dict, split: Split) -> None:
     cache, gate = request.get("cache") or "", request.get("gate")
     if cache.startswith("firstblock") and split.processes > 1:
         raise ValueError("cache='firstblock:…' decides by what each process sees, and processes see different tokens: use a choice made before the run, as teacache, magcache or steps")
+    if split.ring > 1 and (kernel := request.get("attention") or "auto") != "auto":
+        raise ValueError(f"attention={kernel!r} with ring={split.ring}: a ring adds up parts of an attention, and only torch's own kernels say what that takes: leave the kernel out, or use ulysses")
     if cache and split.cfg > 1 and gate is not None and gate < 1:
         raise ValueError("gate below 1 with a step cache and cfg=2: after the gate the first process would go on with what it remembers of the other answer; leave one of the three out")
 
 
 def _as_run(gen, request: dict) -> dict:
-    "A request with the step cache and the gate that it will run with: its own, else the plan's, and of `auto` what it means."
+    "A request with the step cache, the gate and the kernel that it will run with: its own, else the plan's, and of `auto` what it means."
     from vidgen.generate.steps import meant, measured
 
     cache, gate = (getattr(gen.plan, k) if request.get(k) is None else request[k] for k in ("cache", "gate"))
     own = measured(gen.folder, gen.weights) if cache == "auto" else {}
-    return request | {"cache": meant(cache, own, gen.parts.family.caching.usual.get(gen.name, "")), "gate": gate}
+    return request | {"cache": meant(cache, own, gen.parts.family.caching.usual.get(gen.name, "")), "gate": gate, "attention": gen.plan.attention}
 
 
 def work(asked: dict, world: World) -> list[Clip]:
@@ -262,7 +272,10 @@ def work(asked: dict, world: World) -> list[Clip]:
 
     device = f"cuda:{os.environ.get('LOCAL_RANK', world.rank)}" if asked["device"] == "cuda" else "cpu"
     mesh = join(Split(**asked["split"]), timeout=world.timeout)
-    gen = registry.load(asked["model"], device=device, precision=asked["precision"], force=asked["force"])
+    if plan := asked["plan"]:
+        gen = registry.load(asked["model"], plan=replace(plan, device=device))
+    else:
+        gen = registry.load(asked["model"], device=device, precision=asked["precision"], force=asked["force"], **asked["how"])
     clips = make(gen, mesh, asked["requests"], tiling=asked["tiling"], progress=world.tell)
     return clips if mesh.first else []
 
@@ -280,6 +293,9 @@ def run_parallel(
     device: str = "auto",           # cuda: one GPU per process; cpu
     backend: str = "auto",          # nccl between GPUs, gloo between CPUs
     precision: str = "auto",
+    plan: str | None = None,        # auto: the fastest way that fits each process; auto-lossy: with a step cache, too
+    attention: str = "auto",        # the kernel; not with ring
+    compile: bool = False,          # the blocks
     force: bool = False,
     seed: int | list[int] | None = None,
     num_videos_per_prompt: int = 1,
@@ -292,8 +308,9 @@ def run_parallel(
     guided = options.get("guidance_scale") != 1
     asked = choose(heads_of(str(model)), processes=processes, ulysses=ulysses, ring=ring, cfg=cfg, guided=guided)
     device, backend = places(device, backend, asked.processes)
-    payload = dict(model=str(model), split=asdict(asked), device=device, precision=precision, force=force, tiling=tiling,
-                   requests=requests_for(prompt, image, seed, num_videos_per_prompt, options))
+    how = ways(asked, attention=attention, compile=compile)
+    payload = dict(model=str(model), split=asdict(asked), device=device, precision=precision, force=force, tiling=tiling, how=how,
+                   requests=requests_for(prompt, image, seed, num_videos_per_prompt, options), plan=planned(str(model), asked, plan, device=device, precision=precision, force=force, how=how, options=options))
     with bar(f"{model} on {asked}", disable=True if progress else None) as drawn:
         return launch("vidgen.generate.parallel:work", payload, processes=asked.processes, backend=backend, timeout=timeout,
                       progress=progress or drawn, cancel=cancel)[0]
@@ -309,7 +326,7 @@ def make(
 ) -> list[Clip]:
     "The clips, made by all processes of the mesh together; complete at the first one, black elsewhere. Errors of `split` and of `generate`."
     clips = []
-    with split(gen.parts, mesh, tiling=tiling):
+    with split(gen.parts, mesh, tiling=tiling or gen.plan.tiling, attention=gen.plan.attention):
         for i, asked in enumerate(requests):
             check_together(_as_run(gen, asked), mesh.split)
             before = mesh.sent
@@ -355,6 +372,31 @@ def heads_of(model: str) -> int:
         raise ValueError(f"{entry.name} has a {kind}, which can't be split over processes yet; several clips on several devices: vidgen batch --devices")
     return read_configs(folder)["transformer"]["num_attention_heads"]
 
+# %% ../../nbs/30_generate/38_parallel.ipynb #5b8c6d46
+def ways(split: Split, *, attention: str = "auto", compile: bool = False) -> dict:
+    "The options of `vidgen.load` that differ from its own. ValueError for a kernel that is none, or that this split can't use."
+    from vidgen.models.attention import BACKENDS
+
+    if attention not in ("auto", *BACKENDS):
+        raise unknown("attention", attention, ["auto", *BACKENDS])
+    check_together({"attention": attention}, split)
+    return ({"attention": attention} if attention != "auto" else {}) | ({"compile": True} if compile else {})
+
+
+def planned(model: str, split: Split, plan: str | None, *, device: str, precision: str, force: bool, how: dict, options: dict):
+    "The Plan of every process, or None where none is asked for. ValueError for another word than auto and auto-lossy; DoesNotFit unless `force`."
+    from vidgen.models.estimate import choose as fastest
+    from vidgen.models.plan import AUTO, free_memory
+
+    if plan is None:
+        return None
+    if plan not in AUTO:
+        raise ValueError(f"plan={plan!r}: give plan='auto', or 'auto-lossy' with a step cache, or leave it out")
+    size = {k: v for k, v in options.items() if k in ("num_frames", "height", "width", "num_inference_steps", "guidance_scale")}
+    free = free_memory(device) // (split.processes if device == "cpu" else 1)  # on a CPU they share it
+    made = fastest(model, device=device, precision=precision, free_bytes=free, allow_loss=plan == "auto-lossy", force=force, **asdict(split), **how, **size)
+    return replace(made, ulysses=1, ring=1, cfg=1)
+
 # %% ../../nbs/30_generate/38_parallel.ipynb #0d816496
 def requests_for(prompt, image, seed, copies: int, options: dict) -> list[dict]:
     "Keywords of `generate` for each clip. ValueError with the nearest name for an option it does not have."
@@ -370,14 +412,19 @@ def requests_for(prompt, image, seed, copies: int, options: dict) -> list[dict]:
     return [options | {"prompt": p, "image": im, "seed": s, "retry": False} for p, im, s in zip(prompts, images, seeds, strict=True)]
 
 # %% ../../nbs/30_generate/38_parallel.ipynb #8534bab6
-def among(model: str, prompt: str, image=None, *, processes, ulysses, ring, cfg, tiling, precision, device, timeout, force, seed, **options) -> list[Clip]:
+def among(model: str, prompt: str, image=None, *, processes, ulysses, ring, cfg, tiling, precision, device, timeout, force, seed, plan=None, attention="auto", compile=False, **options) -> list[Clip]:
     "The clips, as one of the processes that torchrun has started. Errors of `run_parallel`."
     size, local = int(os.environ["WORLD_SIZE"]), int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))
     asked = choose(heads_of(model), processes=size, ulysses=ulysses, ring=ring, cfg=cfg, guided=options.get("guidance_scale") != 1)
+    from torch.distributed import broadcast_object_list
+
     device, backend = places(device, "auto", local)
-    payload = dict(model=model, split=asdict(asked), device=device, precision=precision, force=force, tiling=tiling, requests=requests_for(prompt, image, seed, 1, options))
+    how = ways(asked, attention=attention, compile=compile)
+    payload = dict(model=model, split=asdict(asked), device=device, precision=precision, force=force, tiling=tiling, how=how, requests=requests_for(prompt, image, seed, 1, options))
     with meet(World(int(os.environ["RANK"]), size, backend, timeout)) as world:
-        return work(payload, world)
+        first = [None if world.rank else planned(model, asked, plan, device=device, precision=precision, force=force, how=how, options=options)]
+        broadcast_object_list(first)
+        return work(payload | {"plan": first[0]}, world)
 
 # %% ../../nbs/30_generate/38_parallel.ipynb #e6e7a4c5
 def started_as(name: str, space: dict) -> bool:

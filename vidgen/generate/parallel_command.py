@@ -13,47 +13,56 @@ from typing import Annotated
 import typer
 
 from .. import settings
-from ..errors import CorruptWeights, DoesNotFit
+from ..errors import CorruptWeights, DoesNotFit, unknown
+from . import options as asks
 from .command import Request, check, check_machine, in_flags, pick, targets
-from .parallel import among, check_together, choose, heads_of, run_parallel
+from .parallel import among, check_together, choose, heads_of, run_parallel, ways
 from .steps import asked as asked_cache
 from .sequence import Split
+from ..models.plan import AUTO
 
 # %% ../../nbs/30_generate/384_parallel_command.ipynb #9e83afee
-def _look(request: Request, split: dict, *, device: str, precision: str, cache: str, gate: float) -> None:
+def _look(asked: Request, split: dict, *, device: str, precision: str, plan: str | None, request: dict) -> None:
     "Can this be made, and split so? Errors: those of `command.check` and of `parallel.choose`."
     check_machine(device, precision)
-    check(request)
-    if cache:
-        asked_cache(cache)
-    check_together({"cache": cache, "gate": gate}, choose(heads_of(request.model), **split, guided=request.guidance_scale != 1))
+    check(asked)
+    if request.get("cache"):
+        asked_cache(request["cache"])
+    if plan not in (None, *AUTO):
+        raise unknown("plan", plan, AUTO)
+    shares = choose(heads_of(asked.model), **split, guided=asked.guidance_scale != 1)
+    ways(shares, attention=request.get("attention", "auto"))
+    check_together(request, shares)
 
 # %% ../../nbs/30_generate/384_parallel_command.ipynb #16e7a6ef
 def command(
     prompt: Annotated[str, typer.Option("--prompt", "-p", help="What should be seen, in quotes.")],
-    model: Annotated[str | None, typer.Option("--model", "-m", help="A name of `vidgen models`, or a folder.", show_default="settings.ini, else shapes-t2v")] = None,
-    out: Annotated[str | None, typer.Option("--out", "-o", help=".mp4, .gif or .png (a strip of frames).", show_default="from prompt and seed")] = None,
-    image: Annotated[str | None, typer.Option("--image", "-i", help="The first frame, for image-to-video models.", show_default=False)] = None,
+    model: asks.Model = None,
+    out: asks.Out = None,
+    image: asks.Image = None,
     processes: Annotated[int | None, typer.Option("--processes", "-n", help="How many to start; without a split below, the most promising is taken. Under torchrun leave it out.", show_default=False)] = None,
     ulysses: Annotated[int, typer.Option(help="So many processes share the attention heads; must divide their number.")] = 1,
     ring: Annotated[int, typer.Option(help="So many processes share the tokens; keys and values travel around them.")] = 1,
     cfg: Annotated[int, typer.Option(help="2: the passes with and without the prompt in different processes, where the model has both.")] = 1,
     tiling: Annotated[bool, typer.Option("--tiling", help="Decode in tiles, each by another process.")] = False,
-    seed: Annotated[int | None, typer.Option("--seed", "-s", help="Same seed, same clip.", show_default="settings.ini, else 0")] = None,
-    steps: Annotated[int | None, typer.Option("--steps", help="Denoising steps.", show_default="the model's own")] = None,
-    guidance: Annotated[float | None, typer.Option("--guidance", help="How strongly the prompt steers; 1 = not at all.", show_default="the model's own")] = None,
-    guidance_schedule: Annotated[str | None, typer.Option(help="constant, dynamic or dynamic-diffusers.", show_default="the model's own")] = None,
-    negative: Annotated[str | None, typer.Option(help="What guidance walks away from; \"\" for nothing.", show_default="the model's own")] = None,
-    cache: Annotated[str, typer.Option(help="Skip steps that change little: auto, teacache:0.1, magcache:0.12, steps:0-4,7,…", show_default="every step")] = "",
-    gate: Annotated[float, typer.Option(help="Share of the steps that ask for guidance; the rest reuse it.")] = 1.0,
-    frames: Annotated[int | None, typer.Option("--frames", help="Frames of the clip.", show_default="the model's own")] = None,
-    height: Annotated[int | None, typer.Option(help="Pixels.", show_default="the model's own")] = None,
-    width: Annotated[int | None, typer.Option(help="Pixels.", show_default="the model's own")] = None,
-    precision: Annotated[str, typer.Option(help="auto, fp32, fp16, bf16.")] = "auto",
+    seed: asks.Seed = None,
+    steps: asks.Steps = None,
+    guidance: asks.Guidance = None,
+    guidance_schedule: asks.GuidanceSchedule = None,
+    negative: asks.Negative = None,
+    cache: asks.Cache = None,
+    gate: asks.Gate = None,
+    plan: asks.Plan = None,
+    attention: asks.Attention = None,
+    compile: asks.Compile = False,
+    frames: asks.Frames = None,
+    height: asks.Height = None,
+    width: asks.Width = None,
+    precision: asks.Precision = "auto",
     device: Annotated[str, typer.Option(help="auto, cuda (one GPU for each process) or cpu.")] = "auto",
     timeout: Annotated[float, typer.Option(help="Seconds an exchange may take before it counts as lost.")] = 600.0,
-    force: Annotated[bool, typer.Option("--force", help="Load although memory looks too small.")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a file that is there.")] = False,
+    force: asks.Force = False,
+    overwrite: asks.Overwrite = False,
 ) -> None:
     """One clip on several devices: the same clip, in less time.
 
@@ -70,9 +79,9 @@ def command(
     named = {"num_inference_steps": steps, "guidance_scale": guidance, "guidance": guidance_schedule, "negative_prompt": negative, "num_frames": frames, "height": height, "width": width}
     options = {k: v for k, v in named.items() if v is not None}
     split = dict(processes=int(os.environ["WORLD_SIZE"]) if started else processes, ulysses=ulysses, ring=ring, cfg=cfg)
-    _look(Request(prompt, model, image, seed, **options), split, device=device, precision=precision, cache=cache, gate=gate)
-    options |= {"cache": cache, "gate": gate}
-    asked = dict(processes=processes, ulysses=ulysses, ring=ring, cfg=cfg, tiling=tiling, precision=precision, device=device, timeout=timeout, force=force)
+    _look(Request(prompt, model, image, seed, **options), split, device=device, precision=precision, plan=plan, request=asks.given(cache=cache, gate=gate, attention=attention))
+    options |= asks.given(cache=cache, gate=gate)
+    asked = dict(processes=processes, ulysses=ulysses, ring=ring, cfg=cfg, tiling=tiling, precision=precision, device=device, timeout=timeout, force=force, plan=plan, attention=attention or "auto", compile=compile)
     path = targets(out, prompt, seed, overwrite=overwrite)[0] if not started or os.environ["RANK"] == "0" else None
     clips = (among if started else run_parallel)(model, prompt, image, seed=seed, **asked, **options)
     if path is not None:

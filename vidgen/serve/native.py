@@ -112,7 +112,7 @@ class FileView:
     url: str
 
 # %% ../../nbs/70_serve/784_native.ipynb #9e9727ed
-WRITERS = 8  # submissions that may wait for the database at once; more would take the threads of those who only read
+WRITERS = 8  # submissions that may wait for the database at once, in threads of their own: whoever only reads goes on
 
 
 def _submitting(api, service: Service) -> None:

@@ -79,7 +79,7 @@ def submit(ledger: Ledger, kind: str, spec: dict, *, owner: str = "", key: str |
     ledger.note(row.id, 1, "queued", {"kind": kind} | (about or {}))
     return record(Job, row)
 
-# %% ../../nbs/70_serve/721_requests.ipynb #05055dac
+# %% ../../nbs/70_serve/721_requests.ipynb #90c88d94
 def follow(ledger: Ledger, job_id: str, kind: str) -> Job:
     "Accept the job of a kind that follows another one; its spec is `{of: job_id}`."
     return submit(ledger, kind, {"of": job_id}, owner=f":{kind}", key=job_id, priority=LAST)

@@ -37,7 +37,7 @@ def page(ledger: Ledger, owner: str | None, where: dict, after: str | None, limi
 def events(ledger: Ledger, job_id: str, after: int = 0, limit: int = 1000) -> list[Event]:
     "See `Jobs.events`."
     t = ledger.t.event
-    rows = ledger.run(t.select().where(t.c.job == job_id, t.c.seq > after).order_by(t.c.seq).limit(limit))
+    rows = ledger.run(t.select().where(t.c.job == job_id, t.c.seq > min(after, 2**31 - 1)).order_by(t.c.seq).limit(limit))  # more is no integer to PostgreSQL
     return [record(Event, row) for row in rows]
 
 

@@ -204,7 +204,7 @@ class _Slot:
             asked = t.select().where(t.c.state == "queued", t.c.not_before <= ledger.now, t.c.priority > above, *(t.c[name] == value for name, value in where.items()))
             return ledger.run(asked.limit(1)).first() is not None
 
-# %% ../../nbs/70_serve/75_worker.ipynb #cfa01663
+# %% ../../nbs/70_serve/75_worker.ipynb #b3eb9020
 class _Doing(_Slot):
     "What a worker does with a claim."
 
@@ -290,7 +290,7 @@ class _Doing(_Slot):
             ledger.run(t.update().where(*ledger.held(claim.job.id, claim.fence)).values(memory_mib=round(1.2 * max(1, claim.job.memory_mib))))
         return True
 
-# %% ../../nbs/70_serve/75_worker.ipynb #b3eb9020
+# %% ../../nbs/70_serve/75_worker.ipynb #e8138386
 class Worker(_Doing):
     "Takes up jobs, one after the other, until it is told to stop."
 

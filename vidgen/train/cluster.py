@@ -46,13 +46,15 @@ def connect(
 
 
 def _started(ray, cpus: int, **how):
-    "A cluster of this machine."
-    try:
-        ray.init(address="local", num_cpus=max(cpus, os.cpu_count() or 1), object_store_memory=200 * 2**20, include_dashboard=False, **how)
-    except Exception as err:
-        ray.shutdown()
-        raise RuntimeError(f"Ray doesn't start on this machine: {str(err).strip()}. It gives its own parts half a minute: try again when less is running, or start one with `ray start --head` and give --ray-address auto") from err
-    return ray
+    "A cluster of this machine. On a busy one Ray's parts may need longer than the half minute it gives them; the second time they are in memory."
+    for once_more in (True, False):
+        try:
+            ray.init(address="local", num_cpus=max(cpus, os.cpu_count() or 1), object_store_memory=200 * 2**20, include_dashboard=False, **how)
+            return ray
+        except Exception as err:
+            ray.shutdown()
+            if not once_more:
+                raise ConnectionError(f"Ray doesn't start on this machine: {str(err).strip()}. It gives its own parts half a minute: try again when less is running, or start one with `ray start --head` and give --ray-address auto") from err
 
 # %% ../../nbs/50_train/58_cluster.ipynb #4a5490af
 STOP, BROKEN, WORKERS = "stop", "broken.json", "workers.jsonl"

@@ -251,11 +251,11 @@ class Training:
         if r.validate_every and state.step % r.validate_every == 0:
             found = self.held()
             record(state, run, "held", None, **{f"loss/{k}": v for k, v in found.items()})
+            if worse := self.risen(found["mean"]):
+                raise halt(state, Shelf(self.folder, r.keep), worse)
             if improved(state.facts, found["mean"], state.step):
                 Shelf(self.folder, r.keep, writes=self.team.rank == 0).save(state, best=True)
             stop = bool(r.patience and state.facts["worse"] >= r.patience)
-            if worse := self.risen(found["mean"]):
-                raise halt(state, Shelf(self.folder, r.keep), worse)
             if self.told:
                 self.told(self, found)
         if r.sample_every and state.step % r.sample_every == 0:
@@ -303,25 +303,15 @@ def _late(step: int, at, names) -> bool:
     return bool(at not in ("", None) and float(at) > step or any(n.startswith("after/") for n in names))
 
 
-def _note_told(folder: Path, step: int, cut: list[dict]) -> None:
-    "Note the names of lines that are cut, and of films beyond the step."
-    films = [p.stem for p in sorted(folder.glob("samples/*.mp4")) if p.stem.startswith("after-") or p.stem[:4] == "step" and int(p.stem[4:10]) > step]
-    said = [{"step": row.get("step"), "names": list(row)} for row in cut] + [{"step": None, "names": films}] * bool(films)
-    if said:
-        with (folder / runs.TOLD).open("a") as out:
-            out.writelines(f"{json.dumps(line)}\n" for line in said)
-
-
 def forget_after(folder: Path, step: int) -> None:
-    "Cut from metrics.jsonl and metrics.csv of a run what lies beyond a step, or was said at the end; `runs.told` has what was cut."
+    "Cut from metrics.jsonl and metrics.csv of a run what lies beyond a step, or was said at the end."
     import csv
     import io
 
     rows, table = folder / "metrics.jsonl", folder / "metrics.csv"
     if rows.exists():
-        lines = [(line, json.loads(line)) for line in rows.read_text().split("\n")[:-1]]
-        _note_told(folder, step, [row for _, row in lines if _late(step, row.get("step"), row)])
-        atomic_write(rows, "".join(f"{line}\n" for line, row in lines if not _late(step, row.get("step"), row)))
+        lines = [line for line in rows.read_text().split("\n")[:-1] if not _late(step, (found := json.loads(line)).get("step"), found)]
+        atomic_write(rows, "".join(f"{line}\n" for line in lines))
     if table.exists():
         head, *found = list(csv.reader(io.StringIO(table.read_text()))) or [[]]
         kept = [row for row in found if len(row) == len(head) and not _late(step, row[head.index("step")], [n for n, value in zip(head, row, strict=True) if value])]
