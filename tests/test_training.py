@@ -601,6 +601,18 @@ for step in (1, 2, 3):
     assert kinds == [[], ["image/png"]] and "image/png" in book.cells[1].outputs[-1]["data"]
 
 
+def test_the_first_and_the_latest_sample_stand_below_the_curve(tmp_path):
+    from vidgen.train.curve import drawn, strips
+
+    run, seen = runs.Run.create("samples", {}, root=tmp_path, trackers=[]), {}
+    for i, name in enumerate(["before-0", "step000005-0", "step000010-0", "before-1"]):
+        path = run.save_clip(name, vidgen.Clip(np.full((9, 64, 96, 3), 60 * i, np.uint8), fps=8))
+        os.utime(path, (1000 + i, 1000 + i))
+    assert list(strips(run)) == ["before-0", "step000010-0"] and list(strips(run, most=2)) == ["before-0", "step000010-0", "before-1"]
+    assert strips(run, kept=seen)["before-0"] is strips(run, kept=seen)["before-0"]
+    assert drawn([], strips(run)).height > drawn([]).height
+
+
 @pytest.mark.parametrize("wrong, said", [(dict(data=""), "names no data"), (dict(data="world:0"), "world|empty|no sample"), (dict(metrics="oracel"), "nearest: oracle"), (dict(metrics="brand_score"), "brand file"),
                                          (dict(targets="attn1.to_z"), "nearest"), (dict(rank=999), "larger than")])
 def test_what_can_t_be_trained(tmp_path, wrong, said):
