@@ -452,6 +452,14 @@ def test_many_may_wait_and_their_number_is_not_counted_each_time(jobs, monkeypat
         jobs.submit("noop", {}, owner="bob", most_queued=4)
 
 
+def test_a_worker_that_hands_back_what_was_canceled_meanwhile_ends_it(jobs, clock):
+    job = jobs.submit("noop", {})
+    claim = jobs.claim("w")
+    jobs.cancel(job.id)
+    claim.release("drained")
+    assert jobs.get(job.id).state == "canceled" and [e.kind for e in jobs.events(job.id)][-1] == "canceled" and whole(jobs)
+
+
 def test_many_workers_take_each_job_once(jobs):
     made = {jobs.submit("noop", {}).id for _ in range(40)}
 

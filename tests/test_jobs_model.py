@@ -227,7 +227,10 @@ class Machine(RuleBasedStateMachine):
         if self.held(claim):
             claim.release("drained")
             job = self.model[claim.job.id]
-            job.update(state="queued", attempt=max(0, claim.job.attempt - 1), not_before=self.now, ready=False)
+            if job.cancel and not job.ending:
+                job.end("canceled", self.now)
+            else:
+                job.update(state="queued", attempt=max(0, claim.job.attempt - 1), not_before=self.now, ready=False)
 
     def roll_back(self, claim):
         job = self.model.get(claim.job.id)

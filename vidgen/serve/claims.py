@@ -184,8 +184,11 @@ class Claim(_Staged):
         return record(Job, ledger.job(self.job.id))
 
     def release(self, message: str) -> None:
-        "Hand the job back unfinished; it costs no try."
+        "Hand the job back unfinished; it costs no try. One that was asked to stop stops."
         def act(ledger):
+            row = ledger.job(self.job.id, lock=True)
+            if row and row.cancel_requested and row.ending is None:
+                return self._end(ledger, row, "canceled", None)
             self._tell(ledger, "queued", {"message": message}, **WAITING | dict(attempt=max(0, self.job.attempt - 1), not_before=ledger.now))
             ledger.free(self.job.id)
 
