@@ -6,7 +6,10 @@ import time
 import zipfile
 
 import pytest
+from PIL import Image
 from serving import PROMPT, client, finish, take
+
+from vidgen.serve.auth import Caller
 
 
 @pytest.fixture
@@ -128,7 +131,56 @@ def test_a_batch_that_the_queue_has_no_room_for_leaves_nothing(opened):
     http = client(service)
     refused = http.post("/v1/batches", json={"specs": [{"prompt": PROMPT, "seed": i} for i in range(3)]})
     assert refused.status_code == 429 and refused.headers["retry-after"]
-    assert {j.state for j in service.jobs.list()} <= {"canceled"}
+    assert service.jobs.list() == []
+
+
+def test_a_refused_batch_is_accepted_under_the_same_key_later(opened):
+    service = opened(serve_queued_per_key=2)
+    http = client(service)
+    first = ask(http)
+    send = lambda: http.post("/v1/batches", json={"specs": [{"prompt": PROMPT, "seed": i} for i in range(2)]}, headers={"Idempotency-Key": "mine"})
+    assert send().status_code == 429
+    http.post(first["links"]["cancel"])
+    made, again = send().json(), send().json()
+    assert made["states"] == {"queued": 2}
+    assert again["id"] == made["id"] and [j["id"] for j in again["jobs"]] == [j["id"] for j in made["jobs"]] and all(j["repeated"] for j in again["jobs"])
+    assert len(http.get(f"/v1/batches/{made['id']}").json()["jobs"]) == 2
+
+
+def test_a_batch_of_which_the_middle_breaks_leaves_nothing(http, service, monkeypatch):
+    from vidgen.serve import requests
+
+    whole, seen = requests.submit, []
+
+    def breaks(*args, **how):
+        seen.append(1)
+        if len(seen) == 3:
+            raise SystemExit  # the process is gone
+        return whole(*args, **how)
+
+    monkeypatch.setattr(requests, "submit", breaks)
+    with pytest.raises(SystemExit):
+        service.accept_all(Caller("", ""), [{"prompt": PROMPT, "seed": i} for i in range(4)], key="mine")
+    assert len(seen) == 3 and service.jobs.list() == []
+
+
+def test_what_is_asked_again_stands_in_its_batch(http, service):
+    made = http.post("/v1/batches", json={"specs": [{"prompt": PROMPT, "seed": i} for i in range(8)]}).json()
+    http.post(made["jobs"][3]["links"]["cancel"])
+    again = http.post(f"/v1/jobs/{made['jobs'][3]['id']}/retry").json()
+    found = http.get(f"/v1/batches/{made['id']}").json()
+    assert [j["id"] for j in found["jobs"]] == [*(j["id"] for j in made["jobs"]), again["id"]] and found["states"] == {"queued": 8, "canceled": 1}
+
+
+def test_an_upload_whose_time_is_over_is_refused_and_not_accepted_to_fail(http, service):
+    image = io.BytesIO()
+    Image.new("RGB", (64, 64)).save(image, "PNG")
+    kept = http.post("/v1/uploads", files={"image": image.getvalue()}).json()
+    send = lambda: http.post("/v1/jobs", json={"spec": {"prompt": PROMPT, "model": "shapes-i2v", "image": kept["id"]}})
+    assert send().status_code == 202
+    service.jobs.clock = lambda: kept["expires_at"] + 1
+    service.jobs.sweep()
+    assert send().status_code == 422 and send().json()["code"] == "unknown_image"
 
 
 def test_models_say_what_they_can_do(http):

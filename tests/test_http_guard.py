@@ -12,6 +12,7 @@ from serving import PROMPT, client, finish, served
 
 from vidgen.serve import auth, guard
 from vidgen.serve.guard import Problem
+from vidgen.serve.records import NotFound
 
 
 def bearer(service, owner="ada", **how):
@@ -246,6 +247,38 @@ def test_queues_are_limited_per_key_and_for_all(opened):
     assert [http.post("/v1/jobs", json=spec(), headers=ada).status_code for _ in range(3)] == [202, 202, 429]
     assert [http.post("/v1/jobs", json=spec(), headers=eve).status_code for _ in range(2)] == [202, 503]
     assert int(http.post("/v1/jobs", json=spec(), headers=eve).headers["retry-after"]) > 0
+
+
+def test_asking_again_counts_as_asking(opened):
+    service = opened(serve_queued_per_key=1, serve_device_seconds_per_day=100)
+    http = client(service)
+    ended = http.post("/v1/jobs", json=spec()).json()["id"]
+    http.post(f"/v1/jobs/{ended}/cancel")
+    again = [http.post(f"/v1/jobs/{ended}/retry") for _ in range(2)]
+    assert [a.status_code for a in again] == [202, 429] and again[1].json()["code"] == "queue_full"
+    service.jobs.claim("w")
+    with service.jobs.writing() as ledger:
+        ledger.run(ledger.t.job.update().values(started_at=ledger.now - 200, finished_at=ledger.now))
+    assert http.post(f"/v1/jobs/{ended}/retry").json()["code"] == "quota_spent"
+
+
+def test_a_name_that_is_none_is_refused(service):
+    http = client(service)
+    for _ in range(2):  # without a key, and with one
+        assert http.get("/v1/jobs", headers={"Host": "[::1"}).status_code == 400
+        assert http.post("/v1/jobs", json=spec(), headers={"Host": "localhost", "Origin": "http://["}).status_code == 403
+        http.headers |= bearer(service, "ada")
+
+
+def test_text_that_no_database_takes_is_refused(service):
+    http = client(service)
+    for path, body in (("/v1/videos/extensions", '{"prompt": "x", "seconds": "1", "video": {"id": "%s"}}'), ("/v1/videos", '{"prompt": "x", "input_reference": {"file_id": "%s"}}')):
+        for text in (r"\ud800", r"\u0000"):
+            assert http.post(path, content=body % text, headers={"Content-Type": "application/json"}).status_code in (400, 404, 422)
+    for text in ("\ud800", "\0"):  # as a WebSocket may ask for
+        for ask in (service.jobs.get, service.jobs.kept, service.jobs.cancel):
+            with pytest.raises(NotFound):
+                ask(text)
 
 
 def test_a_batch_has_eight_at_most(service):

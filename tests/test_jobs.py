@@ -744,6 +744,30 @@ def test_a_damaged_database_is_refused(tmp_path):
 
 # R19: files
 
+def test_a_sweep_spares_what_another_database_or_another_folder_knows(tmp_path):
+    made = {}
+    for name in ("one", "two"):
+        jobs = made[name] = Jobs.open(f"sqlite:///{tmp_path}/{name}.db", tmp_path / "files", least_free_gib=0)
+        job = jobs.submit("noop", {})
+        claim = jobs.claim("w")
+        (claim.staging / "x.mp4").write_bytes(name.encode())
+        path = claim.publish([claim.staging / "x.mp4"], {}) and jobs.artifacts(job.id)[0].path
+        os.utime(path, (1e9, 1e9))  # old enough to be cleared
+        jobs.submit("noop", {})
+        staged = jobs.claim("w").staging
+        assert jobs.sweep() == 0 and staged.exists()
+    made["two"].sweep()  # in a folder that the first one marked
+    assert all(a.path.exists() and not a.gone for jobs in made.values() for j in jobs.list(state="succeeded") for a in jobs.artifacts(j.id))
+    storage.refuse_foreign(made["one"])
+    with pytest.raises(ValueError, match="give each database its own folder"):
+        storage.refuse_foreign(made["two"])
+    elsewhere = Jobs.open(f"sqlite:///{tmp_path}/one.db", tmp_path / "elsewhere", least_free_gib=0)
+    elsewhere.sweep()  # as when the disk is not mounted
+    assert not made["one"].artifacts(made["one"].list(state="succeeded")[0].id)[0].gone
+    for jobs in (*made.values(), elsewhere):
+        jobs.close()
+
+
 def one_sweep(url, root, n):
     "Die at the n-th point of a sweep; files and rows agree then, and all is gone after the next one."
     def sweep():

@@ -390,6 +390,16 @@ def test_a_checkpoint_of_the_weights_that_failed_is_not_good(tmp_path):
     assert [p.stem for p in Shelf(tmp_path, 2).all()] == ["step-00000002", "step-00000003"]
 
 
+@pytest.mark.parametrize("keep", [1, 2])
+def test_a_gradient_that_is_none_is_never_saved(tmp_path, keep):
+    "A finite loss with a gradient that isn't: the weights are gone before the loss says so."
+    m = line()
+    spoilt = lambda n: lambda x: x.sqrt().sum() if n == 5 else x.sum()  # the root's slope at 0 is infinite
+    with pytest.raises(FloatingPointError, match=r"gradient of step 5.*last good checkpoint: .*"):
+        fit(m, spoilt, lambda b, g: b((m(torch.ones(1, 2)) * 0)) + (m(torch.ones(1, 2)) ** 2).sum(), TrainConfig(9, save_every=3), folder=tmp_path, by_number=True, keep=keep)
+    assert all(t.isfinite().all() for p in Shelf(tmp_path, keep).all() for t in load_file(p).values())
+
+
 def test_patience_is_a_fact_of_the_run():
     facts = {}
     assert [validate.improved(facts, v, i) for i, v in enumerate((3, 2, 2.5, 2.1, 1))] == [True, True, False, False, True]

@@ -187,11 +187,13 @@ def serve(
 
 def run(found: Settings, *, ready=None) -> None:
     "The tree of processes that these settings describe, until a signal ends it; `ready(address)` is called once it answers."
+    from vidgen.serve import storage
     from vidgen.serve.health import log_to
     from vidgen.serve.service import Service
 
     service = Service.open(found)
     note = may_start(found.serve, service.keys.exist())
+    storage.refuse_foreign(service.jobs)
     pinned = _pinned(found)
     sock = listen(found.serve.host, found.serve.port)
     log_to(found.folder(found.serve.logs) if found.serve.logs else None, "serve")

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MB', 'IMAGE_BYTES', 'VIDEO_BYTES', 'CAPS', 'BODY_SECONDS', 'SEND_SECONDS', 'HEADERS', 'MOST_PIXELS', 'FETCH_SECONDS',
-           'HOPS', 'Problem', 'as_problem', 'as_openai', 'host_is_ours', 'origin_is_ours', 'cap', 'Rules', 'refusal',
-           'Guard', 'redraw', 'public_address', 'permitted', 'fetch']
+           'HOPS', 'Problem', 'as_problem', 'as_openai', 'host_name', 'host_is_ours', 'origin_is_ours', 'cap', 'Rules',
+           'refusal', 'Guard', 'redraw', 'public_address', 'permitted', 'fetch']
 
 # %% ../../nbs/70_serve/782_guard.ipynb #fa7485f7
 import asyncio
@@ -51,12 +51,22 @@ def as_openai(problem: Problem) -> dict:
     return {"error": {"message": problem.detail, "type": kind, "param": problem.more.get("param"), "code": problem.code}}
 
 # %% ../../nbs/70_serve/782_guard.ipynb #45404589
+def host_name(
+    host: str,  # the Host header, with or without port
+) -> str | None:
+    "The name in it, '' for none; None if it is malformed."
+    try:
+        return urlsplit(f"//{host}").hostname or ""
+    except ValueError:
+        return None
+
+
 def host_is_ours(
     host: str,                   # the Host header, with or without port
     names: Iterable[str] = (),   # further names
 ) -> bool:
     "Is this a name nobody else can point at us?"
-    name = (urlsplit(f"//{host}").hostname or "").rstrip(".")
+    name = (host_name(host) or "").rstrip(".")
     if name == "localhost" or name in {n.lower() for n in names} or name == socket.gethostname().lower():
         return True
     try:
@@ -72,7 +82,12 @@ def origin_is_ours(
     origins: Iterable[str] = (),  # other pages that may call
 ) -> bool:
     "Does the request come from no page, from our own, or from one that may?"
-    return origin is None or origin in set(origins) or (origin != "null" and urlsplit(origin).netloc.lower() == host.lower())
+    if origin is None or origin in set(origins):
+        return True
+    try:
+        return origin != "null" and urlsplit(origin).netloc.lower() == host.lower()
+    except ValueError:
+        return False
 
 # %% ../../nbs/70_serve/782_guard.ipynb #ae63d582
 MB = 10**6
@@ -107,6 +122,8 @@ def refusal(scope: dict, rules: Rules) -> Problem | None:
     "Why this request is refused before its body is read, or None."
     head = {k.decode("latin-1"): v.decode("latin-1") for k, v in scope["headers"]}
     host, method = head.get("host", ""), scope.get("method", "WEBSOCKET")
+    if host_name(host) is None:
+        return Problem(400, "bad_host", f"{host[:80]!r} is no name of a host")
     if (rules.keyless() or rules.hosts) and not host_is_ours(host, rules.hosts):
         return Problem(421, "foreign_host", f"this service is not known as {host[:80]!r}; [serve] hosts in settings.ini names what it is called")
     if method not in ("GET", "HEAD", "OPTIONS") and not origin_is_ours(head.get("origin"), host, rules.origins):

@@ -157,21 +157,33 @@ class Jobs(_House):
 
     def submit(self, kind: str, spec: dict, **how) -> Job:
         "Accept a job: it is on the disk when this returns. `how`: see `requests.submit`. Errors: ValueError, Conflict (same key, other body), QueueFull, Unavailable."
+        with self._accepting(how) as ledger:
+            return requests.submit(ledger, kind, spec, **how)
+
+    def submit_all(self, asked: list[dict], **how) -> list[Job]:
+        "Accept several jobs in one transaction, all of them or none; see `requests.submit_all`. Errors: as `submit`."
+        with self._accepting(how, len(asked)) as ledger:
+            return requests.submit_all(ledger, asked, **how)
+
+    @contextmanager
+    def _accepting(self, how: dict, count: int = 1):
+        "A Ledger to accept so many jobs in; `most_queued` is taken out of `how` where it is surely far."
         storage.refuse_full(self)
-        if how.get("most_queued") is not None and self.few(how["most_queued"], how.get("owner", "")):
+        if how.get("most_queued") is not None and self.few(how["most_queued"], how.get("owner", ""), more=count):
             how["most_queued"] = None
         with self.writing() as ledger:
-            return requests.submit(ledger, kind, spec, **how)
+            yield ledger
 
     def cancel(self, job_id: str, owner: str | None = None) -> Job:
         "Cancel a queued job; ask the worker of a running one to stop, after which it never succeeds. Errors: NotFound, Conflict when it has ended otherwise."
         with self.writing() as ledger:
             return requests.cancel(ledger, job_id, owner)
 
-    def retry(self, job_id: str, owner: str | None = None) -> Job:
-        "A new job that asks for the same as one that failed, expired or was canceled. Errors: NotFound, Conflict."
+    def retry(self, job_id: str, owner: str | None = None, most_queued: int | None = None) -> Job:
+        "A new job that asks for the same as one that failed, expired or was canceled. Errors: NotFound, Conflict, QueueFull, Unavailable."
+        storage.refuse_full(self)
         with self.writing() as ledger:
-            return requests.retry(ledger, job_id, owner)
+            return requests.retry(ledger, job_id, owner, most_queued)
 
     def delete(self, job_id: str, owner: str | None = None) -> None:
         "Forget an ended job, its events and files. Errors: NotFound, Conflict while it is queued or running."

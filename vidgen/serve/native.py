@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['Priority', 'Expires', 'SHORTEST', 'LONGEST', 'WRITERS', 'STREAM', 'Nothing', 'Submit', 'SubmitMany', 'JobView',
-           'seen', 'JobPage', 'FileView', 'event_stream', 'converse', 'accept_many', 'BatchView', 'batch_jobs', 'ready',
-           'routes']
+           'seen', 'JobPage', 'FileView', 'event_stream', 'converse', 'BatchView', 'batch_jobs', 'ready', 'routes']
 
 # %% ../../nbs/70_serve/784_native.ipynb #a681b60d
 import asyncio
@@ -17,7 +16,7 @@ from typing import Annotated, ClassVar, Literal
 
 from . import progress
 from .guard import Problem, redraw
-from .records import STATES, Job, NotFound, new_id
+from .records import STATES, Job, NotFound
 from .service import MOST_BATCH, Bound, Generation, Service, artifact, preference, send_file, wait
 
 # %% ../../nbs/70_serve/784_native.ipynb #0cebbcf9
@@ -152,7 +151,7 @@ def _changing(api, service: Service) -> None:
     @api.post("/jobs/{job_id}/retry", status_code=202, summary="Ask again for what failed")
     def retry(job_id: str, who: Submitter) -> JobView:
         "A new job with the same spec."
-        return seen(service.jobs.retry(job_id, who.owner))
+        return seen(service.again(who, job_id))
 
     @api.delete("/jobs/{job_id}", status_code=204, summary="Forget an ended job")
     def delete(job_id: str, who: Submitter) -> Response:
@@ -328,24 +327,6 @@ def _files(api, service: Service) -> None:
         return {"ticket": made, "url": f"{path}?ticket={made}"}
 
 # %% ../../nbs/70_serve/784_native.ipynb #9e0a9aa0
-def accept_many(service: Service, who, specs: list[dict], *, key: str | None = None, places: bool = False, **how) -> tuple[str, list[Job]]:
-    "(the batch's id, its jobs in order); with `places` job i runs on device i mod their number. Errors: Problem, and then none was accepted."
-    from vidgen.serve.service import check_spec
-
-    for spec in specs:
-        check_spec(spec, service.settings.model.name, service.settings.serve.megapixels, service.jobs.root)
-    batch, jobs = new_id("batch"), []
-    try:
-        for i, spec in enumerate(specs):
-            jobs.append(service.accept(who, spec, key=f"{key}/{i}" if key else None, batch=batch, place=i if places else None, count=len(specs) - i, **how))
-    except Problem:
-        for job in jobs:
-            if not job.repeated:
-                service.jobs.cancel(job.id, who.owner)
-        raise
-    return jobs[0].batch, jobs
-
-
 @dataclass
 class BatchView:
     "A batch: its jobs, and how many have ended in which way."
@@ -356,7 +337,7 @@ class BatchView:
 
 def batch_jobs(service: Service, who, batch: str) -> list[Job]:
     "The jobs of a batch in order. Errors: Problem 404."
-    jobs = service.jobs.list(who.owner, batch=batch, limit=MOST_BATCH, newest_first=False)
+    jobs = service.jobs.list(who.owner, batch=batch, limit=1000, newest_first=False)
     if not jobs:
         raise Problem(404, "not_found", f"there is no batch {batch[:40]}")
     return jobs
@@ -379,7 +360,7 @@ def _batches(api, service: Service) -> None:
     def submit(body: SubmitMany, who: Submitter, idempotency_key: Annotated[str | None, Header(min_length=1, max_length=200)] = None) -> BatchView:
         "Accepted whole, or not at all."
         specs = [one.spec() for one in body.specs]
-        _, jobs = accept_many(service, who, specs, key=idempotency_key, places=True, priority=body.priority, expires_in=body.expires_in)
+        jobs = service.accept_all(who, specs, key=idempotency_key, places=True, priority=body.priority, expires_in=body.expires_in)
         return _batch_view(jobs)
 
     @api.get("/batches/{batch_id}", summary="A batch")

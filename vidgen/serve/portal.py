@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from .guard import Problem, redraw
-from .native import accept_many, batch_jobs
+from .native import batch_jobs
 from .records import Job
 from .score import scored
 from .service import MOST_BATCH, Bound, Frames, Generation, Options, Prompted, Rate, Service, Text, artifact, body, checked, documented, preference, send_file, upload, wait
@@ -202,8 +202,8 @@ def _batches(api, service: Service) -> None:
 
     @api.post("/api/video/batch_inference", tags=["portal"], summary="Ask for several clips")
     def batch(body: Many, who: Submitter) -> dict:
-        name, jobs = accept_many(service, who, body.specs(), places=True, view="portal", expires_in=service.settings.serve.portal_expires or None)
-        return {"batch_id": name, "jobs": [portal_status(j) for j in jobs]}
+        jobs = service.accept_all(who, body.specs(), places=True, view="portal", expires_in=service.settings.serve.portal_expires or None)
+        return {"batch_id": jobs[0].batch, "jobs": [portal_status(j) for j in jobs]}
 
     @api.get("/api/video/batch_status/{batch_id}", tags=["portal"], summary="How far they are")
     def state(batch_id: str, who: Reader) -> dict:

@@ -11,6 +11,7 @@ __all__ = ['MOST_STEPS', 'MOST_PROMPT', 'MOST_BATCH', 'Text', 'Frames', 'Size', 
 # %% ../../nbs/70_serve/780_service.ipynb #ccf478e4
 import asyncio
 import hashlib
+import json
 import time
 from dataclasses import dataclass
 from functools import lru_cache
@@ -131,6 +132,7 @@ async def body(request) -> tuple[dict, bytes | None]:
     if kind == "application/json":
         try:
             values = await request.json()
+            json.dumps(values, ensure_ascii=False).encode()  # half a character is no text, and no database takes it
         except (ValueError, RecursionError):
             raise Problem(400, "bad_json", "the body is no JSON") from None
         if not isinstance(values, dict):
@@ -335,26 +337,42 @@ class Service:
             raise Problem(429, "rate_limited", f"{most} requests a minute are the most; come back in {after:.0f} s", after=after)
         return who, {"RateLimit-Limit": str(most), "RateLimit-Remaining": str(left), "RateLimit-Reset": str(round(after))}
 
-    def accept(self, who: Caller, spec: dict, *, kind: str = "generate", count: int = 1, **how) -> Job:
+    def accept(self, who: Caller, spec: dict, *, kind: str = "generate", **how) -> Job:
         "Put a job into the queue; `how` as for `Jobs.submit`. Errors: Problem."
+        asked = self._admitted(who, spec) if kind == "generate" else {"kind": kind, "spec": spec}
+        return self._taken(who, 1, self.jobs.submit, owner=who.owner, **asked, **how)
+
+    def accept_all(self, who: Caller, specs: list[dict], *, key: str | None = None, places: bool = False, **how) -> list[Job]:
+        "Put a batch into the queue, whole or not at all; with `places` job i runs on device i mod their number. `how` as for `Jobs.submit`. Errors: Problem."
+        asked = [self._admitted(who, spec) | {"key": f"{key}/{i}" if key else None, "place": i if places else None} for i, spec in enumerate(specs)]
+        return self._taken(who, len(asked), self.jobs.submit_all, asked, owner=who.owner, **how)
+
+    def again(self, who: Caller, job_id: str) -> Job:
+        "Put what failed, expired or was canceled into the queue again, as a new job. Errors: Problem."
+        return self._taken(who, 1, self.jobs.retry, job_id, who.owner)
+
+    def _taken(self, who: Caller, count: int, act, *args, **how):
+        "What `act` returns, which puts so many jobs into the queue, if the caller's share and the queue allow it. Errors: Problem."
         serve = self.settings.serve
-        if kind == "generate":
-            spec = check_spec(spec, self.settings.model.name, serve.megapixels, self.jobs.root)
-            for name in (spec.get("image"), spec.get("extends", {}).get("film")):
-                self._check_upload(who, name)
-            how |= needs(self.jobs, spec)
         self._check_quota(who)
         if not self.jobs.few(serve.queued, more=count) and waiting(self.jobs, serve.queued) + count > serve.queued:
             raise Problem(503, "service_busy", f"{serve.queued} jobs are waiting, and no more are taken now", after=30)
         try:
-            return self.jobs.submit(kind, spec, owner=who.owner, most_queued=serve.queued_per_key, **how)
+            return act(*args, most_queued=serve.queued_per_key, **how)
         except Exception as err:
             raise problem(err) from err
 
+    def _admitted(self, who: Caller, spec: dict) -> dict:
+        "A clip somebody asks for, as `Jobs.submit` takes it. Errors: Problem."
+        spec = check_spec(spec, self.settings.model.name, self.settings.serve.megapixels, self.jobs.root)
+        for name in (spec.get("image"), spec.get("extends", {}).get("film")):
+            self._check_upload(who, name)
+        return {"kind": "generate", "spec": spec} | needs(self.jobs, spec)
+
     def _check_upload(self, who: Caller, name: str | None) -> None:
         try:
-            if name is not None:
-                self.jobs.kept(name, who.owner)
+            if name is not None and self.jobs.kept(name, who.owner).gone:
+                raise NotFound(name)
         except NotFound:
             raise Problem(422, "unknown_image", "there is no such file of yours (any more); POST /v1/uploads gives an id", param="image") from None
 

@@ -8,6 +8,7 @@ __all__ = ['SCHEMA', 'NETWORK', 'BUSY', 'POOL_SECONDS', 'POSTGRES', 'tables', 'f
 
 # %% ../../nbs/70_serve/71_tables.ipynb #b5b83005
 import json
+import uuid
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -149,7 +150,7 @@ def make_tables(db) -> None:
             conn.execute(sa.text("SELECT pg_advisory_xact_lock(8436121)"))
         t.meta.create_all(conn)
         known = dict(conn.execute(sa.select(t.about.c.name, t.about.c.value)).all())
-        for name, value in (("schema", str(SCHEMA)), ("probe", "")):  # `Jobs.probe` writes the second one
+        for name, value in (("schema", str(SCHEMA)), ("probe", ""), ("files", f"new {uuid.uuid4().hex}")):  # `Jobs.probe` writes the second one, `storage.belongs` the third
             if name not in known:
                 conn.execute(t.about.insert().values(name=name, value=value))
         if int(known.get("schema", SCHEMA)) != SCHEMA:

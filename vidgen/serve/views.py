@@ -9,7 +9,7 @@ __all__ = ['job', 'page', 'events', 'latest', 'artifacts', 'artifact', 'counts']
 from pathlib import Path
 
 from ..errors import need, unknown
-from .ledger import Ledger
+from .ledger import Ledger, plain
 from .requests import LAST
 from .records import STATES, Artifact, Event, Job, NotFound, record
 
@@ -57,7 +57,7 @@ def artifacts(root: Path, ledger: Ledger, job_id: str) -> list[Artifact]:
 def artifact(root: Path, ledger: Ledger, artifact_id: str, owner: str | None = None) -> Artifact:
     "See `Jobs.kept`."
     t = ledger.t.artifact
-    row = ledger.run(t.select().where(t.c.id == artifact_id, t.c.published)).first()
+    row = ledger.run(t.select().where(t.c.id == artifact_id, t.c.published)).first() if plain(artifact_id) else None
     if row is None or owner is not None and row.owner != owner:
         raise NotFound(f"there is no file {artifact_id}")
     return record(Artifact, row, path=root / row.path)

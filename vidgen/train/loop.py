@@ -387,6 +387,8 @@ def fit(
         done = watch(state) if watch else False
         stop = bool(team.mean(float(bool(cancel and cancel.canceled))))
         if state.step % config.save_every == 0 or state.step == config.steps or stop or done:
+            if not (config.scaled or math.isfinite(norm)):
+                raise halt(state, shelf, f"the gradient of step {state.step - 1} is {float(norm)}; lower lr ({config.lr}) or look at the batch")
             path = shelf.save(state)
             if kept and team.rank == 0:
                 kept(path)
