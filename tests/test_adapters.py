@@ -131,3 +131,15 @@ def test_memory_that_runs_out_is_told_as_it_is(tmp_path, monkeypatch):
 def test_a_name_that_cannot_be_used(tmp_path, name):
     with pytest.raises(ValueError, match="give another name"):
         adapters.attach(generator(family("cogvideox").tiny()), made(tmp_path, "fox", 1), name=name)
+
+
+def test_a_registered_name_is_as_good_as_a_file(tmp_path, monkeypatch):
+    monkeypatch.setenv("VIDGEN_STORAGE_ROOT", str(tmp_path / "artifacts"))
+    (shelf := tmp_path / "artifacts/adapters/ell-v1").mkdir(parents=True)
+    (there := made(tmp_path, "one", 1) / "pytorch_lora_weights.safetensors").rename(shelf / there.name)
+    gen = generator(family("cogvideox").tiny())
+    plain = answer(gen)
+    assert adapters.attach(gen, "ell-v1", scale=0.5) == "ell-v1" and gen.adapters["ell-v1"]["path"] == shelf / there.name
+    assert not torch.allclose(answer(gen), plain, atol=1e-3)
+    with pytest.raises(FileNotFoundError, match="no registered adapter; nearest: ell-v1; all: `vidgen adapter list`"):
+        adapters.file_of("ell-v")

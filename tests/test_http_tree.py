@@ -270,6 +270,25 @@ def test_keys_are_made_listed_and_ended(house):
         assert status == 2 and "Traceback" not in err, wrong
 
 
+def test_ending_a_key_shows_no_secret_and_says_when_it_has_ended(house):
+    text = run(house, "keys", "create", "ada")[1].strip()
+    assert run(house, "keys", "revoke", text)[1] == f"{text[3:11]} is revoked\n"
+    assert "revoked already" in run(house, "keys", "revoke", text)[2]
+    assert "unknown key 'zzzzzzzz'" in (said := run(house, "keys", "revoke", "zzzzzzzz")[2]) and "no key yet" not in said
+
+
+def test_keys_and_jobs_of_another_database(house):
+    other = ("--database", f"sqlite:///{house / 'other.db'}")
+    assert run(house, "keys", "create", "ada", *other)[0] == 0
+    assert "no keys" in run(house, "keys", "list")[1] and "ada" in run(house, "keys", "list", *other)[1]
+    service = opened(house)
+    job = service.jobs.submit("noop", {"prompt": PROMPT}, owner="ada")
+    service.jobs.close()
+    assert job.id in run(house, "jobs", "list")[1] and "no jobs" in run(house, "jobs", "list", *other)[1]
+    assert run(house, "jobs", "show", job.id)[0] == 0 and run(house, "jobs", "show", job.id, *other)[0] == 2
+    assert run(house, "jobs", "cancel", job.id, *other)[0] == 2 and run(house, "jobs", "cancel", job.id)[0] == 0
+
+
 def test_jobs_are_listed_shown_canceled_and_asked_again(house):
     service = opened(house)
     job = service.jobs.submit("noop", {"prompt": PROMPT}, owner="ada")

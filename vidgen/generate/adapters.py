@@ -10,13 +10,13 @@ import re
 import warnings
 from pathlib import Path
 
-from ..errors import unknown
+from ..errors import nearest, unknown
 from ..models.family import stock
 
 # %% ../../nbs/30_generate/353_adapters.ipynb #335b4c57
 def attach(
     gen,                      # a loaded Generator
-    path: str | Path,         # a .safetensors file or a folder that holds one; or s3://bucket/…
+    path: str | Path,         # a .safetensors file or a folder that holds one; a registered name; or s3://bucket/…
     *,
     name: str | None = None,  # default: the file's or folder's name
     scale: float = 1.0,       # how strongly it acts
@@ -41,8 +41,16 @@ def attach(
 
 
 def file_of(path: str | Path) -> Path:
-    "The one .safetensors file that `path` is or holds. FileNotFoundError if there is none, or several."
+    "The one .safetensors file that `path` is or holds, or that is registered by this name. FileNotFoundError if there is none, or several."
+    from vidgen.train.adapters import shelf
+
     path = Path(path).expanduser()
+    if not path.exists():
+        names = {p.name: p for p in shelf().glob("*")}
+        if str(path) not in names:
+            near = nearest(str(path), names)
+            raise FileNotFoundError(f"{path} is no .safetensors file and no registered adapter" + (f"; nearest: {', '.join(near)}" if near else "") + "; all: `vidgen adapter list`")
+        path = names[str(path)]
     files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
     if len(files) != 1:
         raise FileNotFoundError(f"{path} is no .safetensors file" + (f" and holds {len(files)} of them: name the one that is meant" if path.is_dir() else ""))

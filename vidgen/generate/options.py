@@ -46,7 +46,7 @@ Quantise = Annotated[str | None, typer.Option("--quantise", help="int8-weight, i
 Storage = Annotated[str | None, typer.Option("--storage", help="fp8: weights kept in 8 bits.", show_default="as computed", **_PANEL)]
 Offload = Annotated[str | None, typer.Option("--offload", help="none, model, group or sequential: weights wait in the host's memory.", show_default="none", **_PANEL)]
 Tiling = Annotated[bool, typer.Option("--tiling", help="Decode frames in tiles: less memory.", **_PANEL)]
-Lora = Annotated[list[str] | None, typer.Option("--lora", help="An adapter, FILE or FILE:scale; may be given several times.", show_default=False, **_PANEL)]
+Lora = Annotated[list[str] | None, typer.Option("--lora", help="An adapter: its file, folder or registered name; FILE:0.8 for its scale; again for more.", show_default=False, **_PANEL)]
 
 # %% ../../nbs/30_generate/389_options.ipynb #11a6f3cd
 def given(**how) -> dict:

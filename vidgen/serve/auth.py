@@ -113,11 +113,13 @@ class Keys:
             return [_key(row) for row in conn.execute(table().select().order_by(table().c.created_at, table().c.id))]
 
     def revoke(self, id: str) -> None:
-        "End a key now. Errors: ValueError for one that is not there."
+        "End a key now. Errors: ValueError for one that is not there, or has ended already."
         t = table()
         with told_plainly(), self.db.begin() as conn:
             if not conn.execute(t.update().where(t.c.id == id, t.c.revoked_at.is_(None)).values(revoked_at=time.time())).rowcount:
-                raise unknown("key", id, [row.id for row in conn.execute(t.select().where(t.c.revoked_at.is_(None)))])
+                if conn.execute(t.select().where(t.c.id == id)).first():
+                    raise ValueError(f"the key {id} is revoked already")
+                raise unknown("key", id, [row.id for row in conn.execute(t.select())])
 
     @property
     def known(self) -> bool:
