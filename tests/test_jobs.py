@@ -460,6 +460,17 @@ def test_a_worker_that_hands_back_what_was_canceled_meanwhile_ends_it(jobs, cloc
     assert jobs.get(job.id).state == "canceled" and [e.kind for e in jobs.events(job.id)][-1] == "canceled" and whole(jobs)
 
 
+def test_a_preview_that_comes_after_the_end_leaves_no_file(jobs, clock):
+    jobs.submit("noop", {})
+    claim = jobs.claim("w")
+    late = claim.staging.parent / "late.png"
+    late.write_bytes(b"a picture")
+    claim.publish([], {})
+    with pytest.raises(Lost):
+        claim.preview(late)
+    assert jobs.orphans() == []
+
+
 def test_many_workers_take_each_job_once(jobs):
     made = {jobs.submit("noop", {}).id for _ in range(40)}
 

@@ -91,9 +91,13 @@ class _Staged(_Held):
     def preview(self, path: Path, **body) -> None:
         "Publish a picture of unfinished work; it is kept for an hour."
         row = storage.place(self.jobs, self, path, "temp", "preview")
-        with self.jobs.writing() as ledger:
-            self._tell(ledger, "preview", {"artifact": row["name"], **body})
-            storage.add(ledger, row, published=True)
+        try:
+            with self.jobs.writing() as ledger:
+                self._tell(ledger, "preview", {"artifact": row["name"], **body})
+                storage.add(ledger, row, published=True)
+        except Lost:
+            storage.remove(self.jobs, [row["path"]])  # the job has ended meanwhile, and its picture belongs to nobody
+            raise
 
     def stage(self, name: str, files=(), output=None, undo: bool = False) -> None:
         "A stage is finished: its files are kept, its output is there for whoever takes the job up next. `undo`: something is to be undone if the job fails later."
