@@ -471,6 +471,18 @@ def test_a_preview_that_comes_after_the_end_leaves_no_file(jobs, clock):
     assert jobs.orphans() == []
 
 
+def test_a_picture_of_the_next_try_takes_the_place_of_the_one_before(jobs, clock):
+    jobs.submit("noop", {})
+    for n in range(2):
+        claim = jobs.claim(f"w{n}")
+        (claim.staging / "preview-1.png").write_bytes(b"a picture")
+        claim.preview(claim.staging / "preview-1.png")
+        (claim.staging / "part.bin").write_bytes(b"half")
+        claim.stage("make", [claim.staging / "part.bin"])
+        claim.release("stopped")
+    assert jobs.orphans() == [] and len(jobs.artifacts(claim.job.id)) >= 1
+
+
 def test_many_workers_take_each_job_once(jobs):
     made = {jobs.submit("noop", {}).id for _ in range(40)}
 

@@ -94,24 +94,26 @@ class _Staged(_Held):
         try:
             with self.jobs.writing() as ledger:
                 self._tell(ledger, "preview", {"artifact": row["name"], **body})
-                storage.add(ledger, row, published=True)
+                old = storage.add(ledger, row, published=True)
         except Lost:
             storage.remove(self.jobs, [row["path"]])  # the job has ended meanwhile, and its picture belongs to nobody
             raise
+        storage.remove(self.jobs, old)
 
     def stage(self, name: str, files=(), output=None, undo: bool = False) -> None:
         "A stage is finished: its files are kept, its output is there for whoever takes the job up next. `undo`: something is to be undone if the job fails later."
         rows = [storage.place(self.jobs, self, Path(f), "processed", name) for f in files]
-        self._write(lambda ledger: self._stage(ledger, name, rows, output, undo))
+        old = self._write(lambda ledger: self._stage(ledger, name, rows, output, undo))
         self.done[name] = output
+        storage.remove(self.jobs, old)
 
-    def _stage(self, ledger: Ledger, name: str, rows: list[dict], output, undo: bool) -> None:
+    def _stage(self, ledger: Ledger, name: str, rows: list[dict], output, undo: bool) -> list[str]:
         self._tell(ledger, "stage", {"stage": name, "done": True}, stage=name)
-        for row in rows:
-            storage.add(ledger, row, published=False)
+        old = sum((storage.add(ledger, row, published=False) for row in rows), [])
         stage = ledger.t.stage
         ledger.run(stage.delete().where(stage.c.job == self.job.id, stage.c.name == name))
         ledger.run(stage.insert().values(job=self.job.id, name=name, n=len(self.done), fence=self.fence, undo=undo, output=output, at=ledger.now))
+        return old
 
     def file(self, stage: str, name: str) -> Path:
         "A file that a finished stage left. FileNotFoundError when it is gone."

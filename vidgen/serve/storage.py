@@ -92,11 +92,12 @@ def place(jobs, claim, path: Path, tier: str, stage: str) -> dict:
     return row
 
 
-def add(ledger: Ledger, row: dict, published: bool) -> None:
-    "Write a file's row; one of the same name goes, its file being an orphan then."
+def add(ledger: Ledger, row: dict, published: bool) -> list[str]:
+    "Write a file's row; one of the same name goes. Returns the paths of files that belong to nobody once this is committed."
     t = ledger.t.artifact
-    ledger.run(t.delete().where(t.c.job == row["job"], t.c.name == row["name"]))
+    old = ledger.run(t.delete().where(t.c.job == row["job"], t.c.name == row["name"]).returning(t.c.path)).scalars().all()
     ledger.run(t.insert().values(row | dict(published=published, created_at=ledger.now, expires_at=kept_until(ledger, row["tier"]))))
+    return [path for path in old if path != row["path"]]
 
 # %% ../../nbs/70_serve/73_storage.ipynb #5f824446
 def place_all(jobs, claim, files: list[Path], result: dict, then=()) -> list[dict]:
