@@ -332,6 +332,18 @@ def brought_to(jobs, clock, rng):
     return where, job, claim, lambda: claim.fail({"code": "x", "message": "y"})
 
 
+def on(claim, result):
+    "What a worker does with a claim: undo, stop, or publish."
+    if claim.ending:
+        for name in reversed(list(claim.done)):
+            claim.undone(name)
+        claim.rolled_back()
+    elif claim.cancel_requested():
+        claim.canceled()
+    else:
+        claim.publish([write(claim)], result)
+
+
 def brought_to_an_end(jobs, clock, job, claim):
     "What its worker, or the next one, does with a job until it has ended."
     for _ in range(9):
@@ -342,14 +354,8 @@ def brought_to_an_end(jobs, clock, job, claim):
                 clock[0] += 61
                 jobs.reap()
                 claim = jobs.claim("w2")
-            elif claim.ending:
-                for name in reversed(list(claim.done)):
-                    claim.undone(name)
-                claim.rolled_back()
-            elif claim.cancel_requested():
-                claim.canceled()
             else:
-                claim.publish([write(claim)], {})
+                on(claim, {})
         except Lost:
             claim = None
 
@@ -592,14 +598,7 @@ def finish_all(jobs, clock):
         jobs.reap()
         jobs.expire()
         while claim := jobs.claim("new"):
-            if claim.ending:
-                for name in reversed(list(claim.done)):
-                    claim.undone(name)
-                claim.rolled_back()
-            elif claim.cancel_requested():
-                claim.canceled()
-            else:
-                claim.publish([write(claim)], {"again": True})
+            on(claim, {"again": True})
         if not jobs.list(state="queued") and not jobs.list(state="running"):
             return
 
