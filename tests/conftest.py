@@ -45,6 +45,20 @@ def database(request, space):
 
 
 @pytest.fixture
+def here(database, space):
+    "Jobs, and a worker of theirs in this process."
+    from test_worker import settings
+
+    from vidgen.serve.jobs import Jobs
+    from vidgen.serve.pool import Pool
+    from vidgen.serve.worker import Worker
+
+    jobs = Jobs.open(database, space / "files", least_free_gib=0, lease=60)
+    yield jobs, Worker(jobs, settings(database, space, name="here"), Pool(None))
+    jobs.close()
+
+
+@pytest.fixture
 def opened(database, tmp_path):
     "What opens a Service on an empty database, with settings as serve_queued=5: the suites over HTTP run on SQLite and, by `make test-services`, on PostgreSQL."
     from serving import opened

@@ -20,14 +20,6 @@ from vidgen.serve.score import pending, scored
 from vidgen.serve.worker import Worker
 
 
-@pytest.fixture
-def here(database, space):
-    "A worker in this process."
-    jobs = Jobs.open(database, space / "files", least_free_gib=0, lease=60)
-    yield jobs, Worker(jobs, settings(database, space, name="here"), Pool(None))
-    jobs.close()
-
-
 def follower(jobs, kind="score"):
     found, = jobs.list(kind=kind)
     return found

@@ -150,14 +150,6 @@ def test_a_supervisor_with_the_worst_of_jobs(service):
     assert set(whole(jobs)) == {"failed", "succeeded", "canceled", "queued"}
 
 
-@pytest.fixture
-def here(database, space):
-    "A worker in this process."
-    jobs = Jobs.open(database, space / "files", least_free_gib=0, lease=60)
-    yield jobs, Worker(jobs, settings(database, space, name="here"), Pool(None))
-    jobs.close()
-
-
 def now_at_once(jobs):
     "No pause before the next try."
     with jobs.writing() as ledger:
