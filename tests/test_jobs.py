@@ -604,14 +604,13 @@ def finish_all(jobs, clock):
 
 
 def fresh(database, space, n):
-    "(address, folder) of nothing: SQLite gets a new file, PostgreSQL's tables are emptied."
+    "(address, folder) of nothing: SQLite gets a new file, PostgreSQL's tables are emptied, also of the name of the folder they knew."
     if database.startswith("sqlite"):
         return database.replace("vidgen.db", f"{n}.db"), space / str(n)
     jobs = Jobs.open(database, space)
     with jobs.writing() as ledger:
         for table in reversed(ledger.t.meta.sorted_tables):
-            if table.name != "about":
-                ledger.run(table.delete())
+            ledger.run(table.delete())
     jobs.close()
     return database, space / str(n)
 
