@@ -41,6 +41,13 @@ def flaky(work):
     return {"attempt": work.claim.job.attempt}
 
 
+def asks(work):
+    import httpx
+
+    return {"said": httpx.get(work.spec["url"]).raise_for_status().text}
+
+
+register(Kind("asks", (*(Stage(f"s{n}", stage(n), 30 * n, 30 * n + 30, undo=undo, keep=lambda work: list(work.files)) for n in range(2)), Stage("ask", asks, 60, 100))))
 register(Kind("deaf", (Stage("deaf", deaf),)))
 register(Kind("flaky", (Stage("call", flaky),)))
 

@@ -6,6 +6,8 @@ import subprocess
 import sys
 import threading
 import time
+from email.utils import formatdate
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -175,6 +177,56 @@ def test_what_may_pass_is_tried_three_times(here):
     job = jobs.submit("flaky", {})
     run_all(jobs, worker)
     assert jobs.get(job.id).result == {"attempt": 3} and [e.kind for e in jobs.events(job.id)].count("retry") == 2
+
+
+@pytest.fixture
+def upstream():
+    "A server on loopback that answers as it is told: (status, headers) one after the other, the last one for ever."
+    script, asked = [], []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            status, headers = script[min(len(asked), len(script) - 1)]
+            asked.append(self.path)
+            self.send_response(status)
+            for name, value in (headers | {"Content-Length": "4"}).items():
+                self.send_header(name, value)
+            self.end_headers()
+            self.wfile.write(b"done")
+
+        def log_message(self, *args):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}/", script, asked
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.mark.parametrize(("answers", "asked_times", "state", "windows"), [
+    ([(500, {}), (500, {}), (200, {})], 3, "succeeded", [(0, 2), (0, 4)]),
+    ([(429, {"Retry-After": "7"}), (200, {})], 2, "succeeded", [(7, 7)]),
+    ([(503, {"Retry-After": "Wed, 21 Oct 2015 07:28:00 GMT"}), (200, {})], 2, "succeeded", [(0, 0)]),
+    ([(503, {"Retry-After": formatdate(time.time() + 500, usegmt=True)}), (200, {})], 2, "succeeded", [(300, 500)]),
+    ([(503, {"Retry-After": "soon"}), (200, {})], 2, "succeeded", [(0, 2)]),
+    ([(500, {})], 3, "failed", [(0, 2), (0, 4)]),
+    ([(404, {})], 1, "failed", []),
+])
+def test_a_server_that_fails_is_asked_three_times(here, space, upstream, answers, asked_times, state, windows):
+    (jobs, worker), (url, script, asked) = here, upstream
+    script += answers
+    job = jobs.submit("asks", {"n": 1, "url": url, "undone": str(space / "undone.txt")})
+    run_all(jobs, worker)
+    now, told = jobs.get(job.id), jobs.events(job.id)
+    again = [e.body for e in told if e.kind == "retry"]
+    assert now.state == state and len(asked) == asked_times
+    assert [b["attempt"] for b in again] == list(range(1, asked_times)) and {b["error"]["code"] for b in again} <= {"upstream"}
+    assert all(low <= b["after"] <= high for b, (low, high) in zip(again, windows, strict=True))
+    undone = [e.body["stage"] for e in told if e.kind == "rolled_back"]
+    assert undone == (["s1", "s0"] if state == "failed" else []) and [e.body["stage"] for e in told if e.kind == "stage"][:2] == ["s0", "s1"]
+    assert now.error is None if state == "succeeded" else now.error["code"] == "upstream"
+    whole(jobs)
 
 
 def test_stages_are_undone_in_reverse(here, space):
