@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -21,14 +22,15 @@ class Failed(Exception):
     "A step that did not pass; the message says how to mend it."
 
 
-def call(*command, mend, cwd=ROOT, **env):
-    "Run a command of the environment this script runs in; on failure say how to mend it."
+def call(*command, mend, cwd=ROOT, quiet=False, **env):
+    "Run a command of the environment this script runs in; on failure say how to mend it. One that is `quiet` shows its output only then."
     program = BIN / command[0]
     if not program.exists():
         raise Failed(f"{command[0]} is missing: pip install -e '.[lab,dev]'")
     env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}", **env}
-    done = subprocess.run([str(program), *map(str, command[1:])], cwd=cwd, env=env)
+    done = subprocess.run([str(program), *map(str, command[1:])], cwd=cwd, env=env, **(dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) if quiet else {}))
     if done.returncode:
+        print(done.stdout or "", end="", flush=True)
         raise Failed(f"`{' '.join(map(str, command))}` returned {done.returncode}. {mend}")
 
 
@@ -130,18 +132,28 @@ def pytest():
     call("python", "-m", "pytest", "-q", "--durations=12", "-n", WORKERS, "--dist", "loadfile", mend="`pytest tests/FILE.py -k NAME` runs one alone.")
 
 
+def smoke_run(notebook, runs):
+    "Run one experiment with its smallest parameters; its output is shown if it fails."
+    if not (notebook.parent / "params/smoke.yaml").exists():
+        raise Failed(f"{notebook.parent.name} has no params/smoke.yaml: a run of at most 20 s that proves it works")
+    code = "import sys; from vidgen.sweeps import run; run(sys.argv[1], preset='smoke', force=True)"
+    start = time.perf_counter()
+    call("python", "-c", code, notebook.parent, mend=f"`vidgen sweep experiments/{notebook.parent.name} --preset smoke` runs it alone.", quiet=True,
+         VIDGEN_STORAGE_RUNS=runs, VIDGEN_STORAGE_ROOT=f"{runs}/files")
+    seconds = time.perf_counter() - start
+    print(f"{notebook.parent.name}: {seconds:.1f} s" + (" (a smoke run should stay under 20 s)" if seconds > 20 else ""), flush=True)
+
+
 def smoke():
     "papermill runs every experiment with params/smoke.yaml"
-    code = "import sys; from vidgen.sweeps import run; run(sys.argv[1], preset='smoke', force=True)"
-    with tempfile.TemporaryDirectory() as runs:
-        for notebook in sorted((ROOT / "experiments").glob("*/run.ipynb")):
-            if not (notebook.parent / "params/smoke.yaml").exists():
-                raise Failed(f"{notebook.parent.name} has no params/smoke.yaml: a run of at most 20 s that proves it works")
-            start = time.perf_counter()
-            call("python", "-c", code, notebook.parent, mend=f"`vidgen sweep experiments/{notebook.parent.name} --preset smoke` runs it alone.",
-                 VIDGEN_STORAGE_RUNS=runs, VIDGEN_STORAGE_ROOT=f"{runs}/files")
-            seconds = time.perf_counter() - start
-            print(f"{notebook.parent.name}: {seconds:.1f} s" + (" (a smoke run should stay under 20 s)" if seconds > 20 else ""), flush=True)
+    with tempfile.TemporaryDirectory() as runs, ThreadPoolExecutor(int(WORKERS)) as pool:
+        running = [pool.submit(smoke_run, notebook, runs) for notebook in sorted((ROOT / "experiments").glob("*/run.ipynb"))]
+        try:
+            for one in running:
+                one.result()
+        finally:
+            for one in running:
+                one.cancel()
 
 
 STEPS = {"export": in_step, "clean": clean, "lint": lint, "notebooks": notebooks, "pytest": pytest, "smoke": smoke}
