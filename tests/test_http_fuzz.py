@@ -18,7 +18,7 @@ def fuzz(service, folder, *options):
     with served(service) as address:
         program = Path(sys.executable).with_name("schemathesis")
         done = subprocess.run([str(program), "run", f"{address}/openapi.json", "--checks", CHECKS, "--no-color", "--seed", "7", "--generation-database", ":memory:", "--request-timeout", "10", "-H", f"Authorization: Bearer {key}", *options],
-                              cwd=folder, capture_output=True, text=True, env={**os.environ, "HYPOTHESIS_STORAGE_DIRECTORY": str(folder / "h")})
+                              cwd=folder, capture_output=True, text=True, env={**os.environ, "HYPOTHESIS_STORAGE_DIRECTORY": str(folder / "h"), "SCHEMATHESIS_HOOKS": "fuzz_hooks", "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])})
     return done
 
 
@@ -35,7 +35,7 @@ def many_wrong_keys(monkeypatch):
 @pytest.mark.services
 def test_a_short_walk_over_the_document(opened, tmp_path):
     service = opened(**LIMITS)
-    done = fuzz(service, tmp_path, "--max-examples", "5", "--phases", "examples,fuzzing")
+    done = fuzz(service, tmp_path, "--max-examples", "5", "--phases", "examples,coverage,fuzzing")
     service.jobs.close()
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
 
