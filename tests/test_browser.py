@@ -173,6 +173,37 @@ def test_on_a_phone_nothing_sticks_out(browser, service, worker):
         assert not small and not page.trouble, (small, page.trouble)
 
 
+def test_the_narrowest_phone_has_room_for_everything(browser, service, worker):
+    with served(service) as address:
+        page = visit(browser, address, viewport={"width": 320, "height": 600}, device_scale_factor=2, is_mobile=True, has_touch=True, color_scheme="dark")
+        continued(page, service)
+        page.tap("summary")
+        page.evaluate("window.scrollTo(0, 0)")
+        shot(page, "narrow")
+        assert page.evaluate("document.documentElement.scrollWidth") <= 320 and not page.trouble, page.trouble
+
+
+@pytest.mark.parametrize("width", [1280, 560, 360])
+def test_nothing_jumps_when_a_clip_begins_and_ends(browser, service, film, width):
+    service.jobs.cancel(service.jobs.submit("generate", {"prompt": PROMPT}).id)
+    with served(service) as address:
+        page = visit(browser, address, viewport={"width": width, "height": 740})
+        where = lambda: page.evaluate("['stage', 'now-prompt', 'message', 'history-title'].map(id => Math.round(document.getElementById(id).getBoundingClientRect().top + scrollY))")
+        until(page, "document.querySelector('#message').textContent === 'canceled'")
+        places = [where()]
+        page.fill("#prompt", PROMPT)
+        page.click("#go")
+        until(page, "document.querySelector('#message').textContent === 'queued'")
+        places.append(where())
+        worker = Worker(service, film, 0.05)
+        worker.start()
+        page.wait_for_selector("#history li.succeeded")
+        places.append(where())
+        worker.stop.set()
+        worker.join()
+        assert places[0] == places[1] == places[2], places
+
+
 def test_with_a_key(browser, service, worker):
     key, _ = service.keys.create("ada")
     with served(service) as address:
@@ -552,3 +583,140 @@ def test_the_docs_come_from_here(browser, service):
         until(page, "document.body.innerText.includes('/v1/jobs')")
         shot(page, "docs")
         assert all(url.startswith((address, "data:")) for url in asked), asked
+
+
+def test_the_focus_is_not_lost_when_its_button_goes(browser, service, film):
+    with served(service) as address:
+        page = visit(browser, address)
+        at = lambda: page.evaluate("document.activeElement.id")
+        page.fill("#prompt", PROMPT)
+        page.focus("#go")
+        page.keyboard.press("Enter")
+        page.wait_for_selector("#history li.queued")
+        assert at() == "go"
+        page.focus("#cancel")
+        page.keyboard.press("Enter")
+        page.wait_for_selector("#history li.canceled")
+        until(page, "document.activeElement.id === 'now-prompt'")
+        page.focus("#again")
+        page.keyboard.press("Enter")
+        until(page, "document.querySelectorAll('#history li').length === 2")
+        until(page, "document.activeElement.id === 'now-prompt'")
+        page.keyboard.press("Enter")  # pressed once too often, it must not cancel what has just been asked for
+        assert service.jobs.list()[0].state == "queued"
+
+
+def test_a_row_is_the_same_one_while_it_is_pressed(browser, service):
+    with served(service) as address:
+        page = visit(browser, address)
+        for prompt in (PROMPT, "another"):
+            page.fill("#prompt", prompt)
+            page.click("#go")
+            until(page, f"document.querySelector('#now-prompt').textContent === {prompt!r}")
+        claim = service.jobs.claim("worker-test")
+        box = page.locator(f"#{claim.job.id} button").bounding_box()
+        page.mouse.move(box["x"] + 9, box["y"] + 9)
+        page.mouse.down()
+        claim.event("progress", {"stage": "make", "progress": 30, "message": "denoise", "step": 5, "steps": 25})
+        until(page, f"document.querySelector('#{claim.job.id} .state').textContent.includes('step 5')")
+        page.mouse.up()
+        until(page, f"document.querySelector('#now-prompt').textContent === {PROMPT!r}")
+
+
+def test_a_wrong_option_is_seen_although_its_part_was_shut(browser, service):
+    with served(service) as address:
+        page = visit(browser, address)
+        page.fill("#prompt", PROMPT)
+        page.click("summary")
+        page.fill("[name=num_inference_steps]", "500")
+        page.click("summary")
+        page.click("#go")
+        until(page, "document.querySelector('#options').open && document.activeElement.name === 'num_inference_steps'")
+        assert not service.jobs.list()
+
+
+def test_one_press_too_many_is_one_job(browser, service):
+    with served(service) as address:
+        page = visit(browser, address)
+        page.fill("#prompt", PROMPT)
+        page.evaluate("for (let i = 0; i < 3; i++) document.querySelector('#ask').requestSubmit()")
+        page.wait_for_selector("#history li.queued")
+        assert len(service.jobs.list()) == 1 and page.get_attribute("#go", "aria-disabled") is None
+
+
+def test_a_surprise_can_be_undone(browser, service):
+    with served(service) as address:
+        page = visit(browser, address)
+        page.click("#prompt")
+        page.keyboard.type("my own long prompt")
+        page.click("#surprise")
+        assert page.input_value("#prompt") != "my own long prompt"
+        page.keyboard.press("Control+z")
+        assert page.input_value("#prompt") == "my own long prompt"
+
+
+def test_keys_can_be_turned_off_and_stay_so(browser, service):
+    with served(service) as address:
+        page = visit(browser, address)
+        page.uncheck("#keys")
+        page.reload()
+        assert not page.is_checked("#keys")
+        page.keyboard.press("n")
+        assert page.evaluate("document.activeElement.id") != "prompt"
+        page.check("#keys")
+        page.evaluate("document.activeElement.blur()")
+        page.keyboard.press("n")
+        assert page.evaluate("document.activeElement.id") == "prompt"
+
+
+def test_a_picture_is_asked_for_again_with_another_prompt(browser, service, worker):
+    with served(service) as address:
+        page = visit(browser, address)
+        page.click("summary")
+        page.select_option("#model", "shapes-i2v")
+        page.fill("#prompt", PROMPT)
+        page.set_input_files("#image", worker.film / "strip.png")
+        page.click("#go")
+        page.wait_for_selector("#history li.succeeded")
+        page.reload()
+        page.click("#reuse")
+        page.fill("#prompt", "it grows")
+        page.click("#go")
+        until(page, "document.querySelectorAll('#history li').length === 2")
+        new, old = service.jobs.list()
+        assert new.spec["image"] == old.spec["image"] and new.spec["prompt"] == "it grows"
+
+
+def test_a_job_deleted_elsewhere_does_not_hide_the_others(browser, service, film):
+    with served(service) as address:
+        page = visit(browser, address)
+        for prompt in ("kept", "deleted"):
+            page.fill("#prompt", prompt)
+            page.click("#go")
+            until(page, f"document.querySelector('#now-prompt').textContent === {prompt!r}")
+        deleted, kept = service.jobs.list()
+        page.evaluate("stream.close()")  # as when the connection is lost
+        service.jobs.cancel(deleted.id)
+        service.jobs.delete(deleted.id)
+        page.evaluate("follow()")
+        until(page, "document.querySelectorAll('#history li').length === 1")
+        service.jobs.claim("worker-test").event("progress", {"stage": "make", "progress": 30, "message": "denoise", "step": 5, "steps": 25})
+        until(page, f"document.querySelector('#{kept.id} .state').textContent.includes('step 5')")
+
+
+def test_another_key_shows_nothing_of_the_first(browser, service, film):
+    finished(service, film)
+    with service.jobs.writing() as ledger:
+        ledger.run(ledger.t.job.update().values(owner="ada"))
+    ada, eve = (service.keys.create(name)[0] for name in ("ada", "eve"))
+    with served(service) as address:
+        page = browser.new_context().new_page()
+        page.goto(address)
+        for key, count in ((ada, 1), (eve, 0)):
+            if key == eve:
+                page.click("#key-button")
+            page.wait_for_selector("#key-dialog[open]")
+            page.fill("#key", key)
+            page.keyboard.press("Enter")
+            until(page, f"document.querySelectorAll('#history li').length === {count} && document.querySelector('#empty').hidden === {str(count > 0).lower()}")
+        assert page.inner_text("#now-prompt") == "Your clip appears here"
