@@ -186,7 +186,7 @@ def source(service: Service, owner: str, video: dict, data: bytes | None) -> Job
     digest = hashlib.sha256(data).hexdigest()
     with service.jobs.reading() as ledger:
         t = ledger.t.artifact
-        row = ledger.run(t.select().where(t.c.owner == owner, t.c.sha256 == digest, t.c.job.is_not(None), t.c.published).limit(1)).first()
+        row = ledger.run(t.select().where(t.c.owner == owner, t.c.sha256 == digest, t.c.job.is_not(None), t.c.published).order_by(t.c.id).limit(1)).first()
     if row is None:
         raise Problem(400, "unsupported", "films from outside are not taken: send a completed video of yours as it was downloaded, or its id as {id}", param="video")
     return service.jobs.get(row.job, owner)
