@@ -124,6 +124,34 @@ def test_a_batch_is_accepted_whole_or_not_at_all(http, service):
     assert found["states"] == {"queued": 2, "succeeded": 1} and [j["id"] for j in found["jobs"]] == [j["id"] for j in made["jobs"]]
     packed = zipfile.ZipFile(io.BytesIO(http.get(f"/v1/batches/{made['id']}/zip").content))
     assert packed.testzip() is None and len(packed.namelist()) == 2 and [r["state"] for r in json.loads(packed.read("manifest.json"))] == ["succeeded", "queued", "queued"]
+    assert packed.namelist() == ["manifest.json", json.loads(packed.read("manifest.json"))[0]["file"]] == ["manifest.json", named(made["jobs"][0]["id"])]
+
+
+def named(job_id):
+    "What the film of a clip of PROMPT is called."
+    return f"{PROMPT.replace(' ', '-')}-{job_id[-6:]}.mp4"
+
+
+def test_every_way_to_a_film_names_it_by_its_prompt(http, service):
+    job = ask(http)
+    finish(service)
+    says = lambda path: http.get(path).headers["content-disposition"]
+    assert says(f"/v1/jobs/{job['id']}/artifacts/video.mp4?download=true") == f'attachment; filename="{named(job["id"])}"'
+    for path in ("/v1/jobs/{}/artifacts/video.mp4", "/v1/videos/{}/content", "/video/{}", "/artifacts/{}.mp4", "/api/videos/{}", "/static/videos/{}/video.mp4"):
+        assert says(path.format(job["id"])) == f'inline; filename="{named(job["id"])}"', path
+    assert http.get(http.get(job["links"]["self"]).json()["links"]["download"]).headers["content-disposition"].startswith("attachment")
+
+
+@pytest.mark.parametrize("prompt", ["../../etc/passwd", "a\r\nSet-Cookie: x=1", 'quoted "; filename=evil.exe', "con", "\u202egpj.exe", "𝒳" * 300, "日本語" * 900, "é" * 60, "?!", "a" * 4000])
+def test_no_prompt_makes_a_file_name_unsafe(http, service, prompt):
+    import re
+    from urllib.parse import unquote
+
+    job = http.post("/v1/jobs", json={"spec": {"prompt": prompt}}).json()
+    finish(service)
+    said = http.get(f"/v1/jobs/{job['id']}/artifacts/video.mp4?download=true").headers["content-disposition"]
+    name = unquote(re.fullmatch(r"attachment; filename(?:\*=utf-8''|=\")([^\";]+)\"?", said)[1])
+    assert re.fullmatch(rf"[\w-]+-{job['id'][-6:]}\.mp4", name) and len(name.encode()) <= 255, name
 
 
 def test_a_batch_that_the_queue_has_no_room_for_leaves_nothing(opened):

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from .guard import Problem
 from .records import Job
-from .service import artifact
+from .service import artifact, filename
 
 # %% ../../nbs/70_serve/7841_bundle.ipynb #13755e4d
 PIECE = 256 * 1024
@@ -69,7 +69,7 @@ def members(jobs, batch: list[Job]) -> Iterator[tuple[str, Path | bytes]]:
         except Problem as err:
             found, row["error"] = None, {"code": err.code, "message": err.detail}
         if found:
-            row |= {"file": f"{job.id}.mp4", "sha256": found.sha256}
+            row |= {"file": filename(job, found), "sha256": found.sha256}
             films.append((row["file"], found.path))
         rows.append(row)
     yield "manifest.json", json.dumps(rows, indent=1, ensure_ascii=False).encode()

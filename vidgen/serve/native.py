@@ -87,6 +87,7 @@ def seen(job: Job) -> JobView:
     links = {"self": here, "events": f"{here}/events", "ws": f"{here}/ws", "cancel": f"{here}/cancel", "artifacts": f"{here}/artifacts"}
     if job.state == "succeeded" and job.result and job.result.get("video"):
         links["video"] = f"{here}/artifacts/{job.result['video']}"
+        links["download"] = f"{links['video']}?download=true"
     return JobView(**{k: getattr(job, k) for k in JobView.__dataclass_fields__ if k != "links"}, links=links)
 
 
@@ -308,8 +309,9 @@ def _files(api, service: Service) -> None:
 
     @api.get("/jobs/{job_id}/artifacts/{name}", summary="A file", response_class=FileResponse)
     def download(job_id: str, name: str, request: Request, who: Reader, download: bool = False):
-        "With ranges and an ETag; `?download=true` to keep it."
-        return send_file(artifact(service.jobs, service.jobs.get(job_id, who.owner), name), request.headers, download=download)
+        "With ranges and an ETag; `?download=true` to keep it, under a name made of the prompt."
+        job = service.jobs.get(job_id, who.owner)
+        return send_file(job, artifact(service.jobs, job, name), request.headers, download=download)
 
     @api.post("/uploads", status_code=201, summary="Send a picture")
     def upload(image: UploadFile, who: Submitter) -> dict:

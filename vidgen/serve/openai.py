@@ -186,14 +186,14 @@ def source(service: Service, owner: str, video: dict, data: bytes | None) -> Job
     digest = hashlib.sha256(data).hexdigest()
     with service.jobs.reading() as ledger:
         t = ledger.t.artifact
-        row = ledger.run(t.select().where(t.c.owner == owner, t.c.sha256 == digest, t.c.job.is_not(None), t.c.published).limit(1)).first()
+        row = ledger.run(t.select().where(t.c.owner == owner, t.c.sha256 == digest, t.c.job.is_not(None), t.c.published).order_by(t.c.id).limit(1)).first()
     if row is None:
         raise Problem(400, "unsupported", "films from outside are not taken: send a completed video of yours as it was downloaded, or its id as {id}", param="video")
     return service.jobs.get(row.job, owner)
 
 
 def extension(service: Service, owner: str, asked: Extend, data: bytes | None = None) -> dict:
-    "The spec of a clip that continues another. Errors: as `source`, and Problem."
+    "The spec of a clip that continues another; `extends` names the copy that is continued, how many frames it has, and whose clip it was. Errors: as `source`, and Problem."
     from PIL import Image
 
     from vidgen.clip import Clip
@@ -203,7 +203,7 @@ def extension(service: Service, owner: str, asked: Extend, data: bytes | None = 
     clip = Clip.open(film.path)
     spec = following(job, clip, asked, service.settings.serve.megapixels)
     last = upload(service.jobs, png(Image.fromarray(clip.frames[-1])), "image.png", owner, "image/png")
-    return spec | {"image": last, "extends": {"film": upload(service.jobs, film.path, film.name, owner, film.mime), "frames": len(clip.frames)}}
+    return spec | {"image": last, "extends": {"film": upload(service.jobs, film.path, film.name, owner, film.mime), "frames": len(clip.frames), "video": job.id}}
 
 
 def nested(values: dict) -> dict:
@@ -255,7 +255,7 @@ def _creating(api, service: Service) -> None:
     @api.post("/sync", summary="Create a video and wait for its bytes", openapi_extra=documented(Create, file="input_reference"), response_class=FileResponse)
     async def create_and_wait(request: Request, who: Submitter):
         job = await wait(service.jobs, await _create(service, who, request), service.settings.serve.wait)
-        return await asyncio.to_thread(lambda: send_file(_film(service, job), request.headers))
+        return await asyncio.to_thread(lambda: send_file(job, _film(service, job), request.headers))
 
 
 def _film(service: Service, job: Job):
@@ -365,9 +365,10 @@ def _content(api, service: Service) -> None:
 
     @api.get("/{video_id}/content", summary="Its bytes", response_class=FileResponse)
     def content(video_id: str, request: Request, who: may(service, "read"), variant: Literal["video", "thumbnail", "spritesheet"] = "video"):
-        film = _film(service, service.jobs.get(video_id, who.owner))
+        job = service.jobs.get(video_id, who.owner)
+        film = _film(service, job)
         if variant == "video":
-            return send_file(film, request.headers)
+            return send_file(job, film, request.headers)
         head = {"ETag": f'"{film.sha256}-{variant}"', "Cache-Control": "private, max-age=86400"}
         known = head["ETag"] in request.headers.get("if-none-match", "")
         return Response(status_code=304, headers=head) if known else Response(still(film.path, variant), media_type="image/png", headers=head)

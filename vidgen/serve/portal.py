@@ -65,7 +65,8 @@ def _generate(api, service: Service) -> None:
 
     @api.get("/video/{job_id}", tags=["generate"], summary="The clip", response_class=FileResponse)
     def video(job_id: str, request: Request, who: Reader):
-        return send_file(film(service, service.jobs.get(job_id, who.owner)), request.headers)
+        job = service.jobs.get(job_id, who.owner)
+        return send_file(job, film(service, job), request.headers)
 
 
 def film(service: Service, job: Job):
@@ -119,7 +120,8 @@ def _waiting(api, service: Service) -> None:
 
     @api.get("/artifacts/{filename}", tags=["generate-video"], summary="A clip by its file name", response_class=FileResponse)
     def file(filename: str, request: Request, who: Reader):
-        return send_file(film(service, service.jobs.get(filename.removesuffix(".mp4"), who.owner)), request.headers)
+        job = service.jobs.get(filename.removesuffix(".mp4"), who.owner)
+        return send_file(job, film(service, job), request.headers)
 
 
 def base(request) -> str:
@@ -223,8 +225,8 @@ def _films(api, service: Service) -> None:
     Reader = may(service, "read")
 
     def sent(video_id: str, request: Request, who: Reader):
-        name = re.sub(r"(/video)?\.mp4$", "", video_id)
-        return send_file(film(service, service.jobs.get(name, who.owner)), request.headers)
+        job = service.jobs.get(re.sub(r"(/video)?\.mp4$", "", video_id), who.owner)
+        return send_file(job, film(service, job), request.headers)
 
     for path in ("/api/videos/{video_id}", "/static/videos/{video_id}/video.mp4"):
         api.add_api_route(path, sent, methods=["GET"], tags=["portal"], summary="A clip", response_class=FileResponse, operation_id=f"film{path.count('/')}")
