@@ -349,3 +349,16 @@ def test_the_docs_come_from_here(browser, service):
         until(page, "document.body.innerText.includes('/v1/jobs')")
         shot(page, "docs")
         assert all(url.startswith((address, "data:")) for url in asked), asked
+
+
+def test_without_swagger_the_docs_list_the_routes_and_miss_nothing(browser, service, monkeypatch):
+    from vidgen.serve import page as pages
+
+    monkeypatch.setattr(pages, "find_spec", lambda name: None)
+    with served(service) as address:
+        page, answers = browser.new_page(), []
+        page.on("response", lambda r: answers.append((r.status, r.url)))
+        page.goto(f"{address}/docs")
+        until(page, "document.body.innerText.includes('POST /v1/jobs') && document.body.innerText.includes('pip install fastapi-swagger')")
+        shot(page, "docs-plain")
+        assert all(status < 400 and url.startswith(address) for status, url in answers), answers
