@@ -720,3 +720,16 @@ def test_another_key_shows_nothing_of_the_first(browser, service, film):
             page.keyboard.press("Enter")
             until(page, f"document.querySelectorAll('#history li').length === {count} && document.querySelector('#empty').hidden === {str(count > 0).lower()}")
         assert page.inner_text("#now-prompt") == "Your clip appears here"
+
+
+def test_without_swagger_the_docs_list_the_routes_and_miss_nothing(browser, service, monkeypatch):
+    from vidgen.serve import page as pages
+
+    monkeypatch.setattr(pages, "find_spec", lambda name: None)
+    with served(service) as address:
+        page, answers = browser.new_page(), []
+        page.on("response", lambda r: answers.append((r.status, r.url)))
+        page.goto(f"{address}/docs")
+        until(page, "document.body.innerText.includes('POST /v1/jobs') && document.body.innerText.includes('pip install fastapi-swagger')")
+        shot(page, "docs-plain")
+        assert all(status < 400 and url.startswith(address) for status, url in answers), answers

@@ -124,7 +124,7 @@ def test_a_batch_is_accepted_whole_or_not_at_all(http, service):
     assert found["states"] == {"queued": 2, "succeeded": 1} and [j["id"] for j in found["jobs"]] == [j["id"] for j in made["jobs"]]
     packed = zipfile.ZipFile(io.BytesIO(http.get(f"/v1/batches/{made['id']}/zip").content))
     assert packed.testzip() is None and len(packed.namelist()) == 2 and [r["state"] for r in json.loads(packed.read("manifest.json"))] == ["succeeded", "queued", "queued"]
-    assert packed.namelist() == ["manifest.json", json.loads(packed.read("manifest.json"))[0]["file"]] == ["manifest.json", named(made["jobs"][0]["id"])]
+    assert packed.namelist() == [json.loads(packed.read("manifest.json"))[0]["file"], "manifest.json"] == [named(made["jobs"][0]["id"]), "manifest.json"]
 
 
 def named(job_id):
@@ -232,6 +232,65 @@ def test_a_number_no_event_will_ever_have_is_merely_the_end(http, service):
         assert http.get(job["links"]["events"], params={"after": far}).json() == {"data": []}
         for head in ({"Last-Event-ID": str(far)}, {"Last-Event-ID": str(far * 2**40)}):
             assert http.get(job["links"]["events"], headers={"Accept": "text/event-stream"} | head).status_code in (204, 422)
+
+
+SENT = ("/v1/jobs/{}/artifacts/video.mp4", "/video/{}", "/artifacts/{}.mp4", "/api/videos/{}", "/static/videos/{}/video.mp4", "/v1/videos/{}/content")
+
+
+@pytest.mark.parametrize("when", ["before it is looked at", "before it is opened"])
+def test_a_file_that_is_deleted_after_the_check_is_gone_and_no_error(http, service, monkeypatch, when):
+    from pathlib import Path
+
+    from starlette.responses import FileResponse
+
+    act = "__call__" if when == "before it is looked at" else "set_stat_headers"
+    whole = getattr(FileResponse, act)
+
+    def late(answer, *args):
+        Path(answer.path).unlink(missing_ok=True)
+        return whole(answer, *args)
+    for path in SENT:
+        for head in ({}, {"Range": "bytes=2-4"}, {"Range": "bytes=0-1,4-5"}):
+            job = ask(http)["id"]
+            finish(service, b"0123456789")
+            with monkeypatch.context() as patch:
+                patch.setattr(FileResponse, act, late)
+                said = http.get(path.format(job), headers=head)
+            code = said.json()["error"]["code"] if path.startswith("/v1/videos") else said.json()["code"]
+            assert (said.status_code, code) == (410, "gone") and "etag" not in said.headers, (path, head, said.text)
+
+
+def test_a_clip_whose_film_is_deleted_meanwhile_is_not_continued(http, service, monkeypatch):
+    from vidgen.serve import openai
+
+    job, film = ask(http)["id"], openai._film
+    finish(service)
+
+    def late(*args):
+        found = film(*args)
+        found.path.unlink()
+        return found
+    monkeypatch.setattr(openai, "_film", late)
+    said = http.post("/v1/videos/extensions", json={"prompt": PROMPT, "seconds": "1", "video": {"id": job}})
+    assert said.status_code == 410 and said.json()["error"]["code"] == "gone"
+
+
+def test_a_zip_holds_what_its_manifest_promises_though_films_are_deleted_meanwhile(http, service):
+    from vidgen.serve import bundle
+
+    made = http.post("/v1/batches", json={"specs": [{"prompt": PROMPT, "seed": i} for i in range(3)]}).json()
+    for _ in range(3):
+        finish(service)
+    jobs = service.jobs.list(batch=made["id"])
+    service.jobs.artifacts(jobs[0].id)[0].path.unlink()
+    pieces = bundle.zipped(bundle.members(service.jobs, jobs))
+    begun = next(pieces)
+    for job in jobs[1:]:
+        service.jobs.delete(job.id)
+    packed = zipfile.ZipFile(io.BytesIO(begun + b"".join(pieces)))
+    rows = json.loads(packed.read("manifest.json"))
+    assert packed.testzip() is None and [(r["error"] or {}).get("code") for r in rows] == ["gone", None, None]
+    assert sorted(packed.namelist()) == sorted(["manifest.json", *(r["file"] for r in rows[1:])])
 
 
 # S1
@@ -422,3 +481,29 @@ def test_the_document_can_be_turned_off(opened):
     service = opened(serve_docs=False)
     http = client(service)
     assert http.get("/docs").status_code == http.get("/openapi.json").status_code == 404
+
+
+def test_the_docs_are_swagger_where_its_files_are(http, tmp_path, monkeypatch):
+    from vidgen.serve import page
+
+    files = tmp_path / "here" / "fastapi_swagger" / "resources"
+    files.mkdir(parents=True)
+    (files.parent / "__init__.py").touch()
+    for name in page.SWAGGER:
+        (files / name).write_text(f"/* {name} */")
+    monkeypatch.syspath_prepend(tmp_path / "here")
+    assert "docs.js" in http.get("/docs").text and "pip install" not in http.get("/docs").text
+    assert [http.get(f"/static/{name}").text for name in page.SWAGGER] == [f"/* {name} */" for name in page.SWAGGER]
+
+
+def test_without_swagger_the_docs_are_a_plain_page_that_asks_for_nothing_that_is_not_there(http, monkeypatch):
+    import re
+
+    from vidgen.serve import page
+
+    monkeypatch.setattr(page, "find_spec", lambda name: None)
+    plain = http.get("/docs")
+    assert plain.status_code == 200 and 'href="/openapi.json"' in plain.text and "pip install fastapi-swagger" in plain.text
+    asked = re.findall(r'(?:src|href)="(/[^"]+)"', plain.text)
+    assert asked and all(http.get(path).status_code == 200 for path in asked) and not any("swagger" in path for path in asked)
+    assert http.get("/static/swagger-ui.css").status_code == 404

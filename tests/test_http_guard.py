@@ -214,6 +214,43 @@ def test_a_clip_can_be_too_large(opened):
     assert http.post("/v1/jobs", json=spec(num_frames=25)).json()["code"] == "too_much"
 
 
+WIDE = {"height": 720, "width": 1280}
+
+
+@pytest.mark.parametrize(("path", "body"), [
+    ("/v1/jobs", {"json": {"spec": {"prompt": PROMPT, **WIDE}}}), ("/v1/batches", {"json": {"specs": [{"prompt": PROMPT}, {"prompt": PROMPT, **WIDE}]}}), ("/generate", {"json": {"prompt": PROMPT, **WIDE}}),
+    ("/generate-video", {"json": {"prompt": PROMPT, **WIDE}}), ("/generate-video", {"data": {"prompt": PROMPT, **WIDE}}), ("/api/video/single_inference", {"json": {"prompt": PROMPT, **WIDE}}),
+    ("/api/video/batch_inference", {"json": {"prompts": [PROMPT], **WIDE}}), ("/v1/videos", {"json": {"prompt": PROMPT, "size": "1280x720"}}), ("/v1/videos/sync", {"json": {"prompt": PROMPT, **WIDE}})])
+def test_no_view_takes_a_clip_far_beyond_what_the_model_is_made_for(service, path, body):
+    said = client(service).post(path, **body)
+    assert said.status_code == 422 and "too_much" in said.text and "fit with 288 x 160" in said.text and service.jobs.list() == []
+
+
+def test_the_size_that_is_offered_is_taken_and_the_limit_can_be_raised(opened):
+    http = client(opened())
+    for wrong, fits in ((WIDE, "288 x 160"), ({"height": 1280, "width": 720}, "160 x 288"), ({"height": 16, "width": 8192, "num_frames": 49}, "1056 x 16"), ({**WIDE, "num_frames": 49}, "160 x 96")):
+        said = http.post("/v1/jobs", json=spec(**wrong)).json()
+        assert said["code"] == "too_much" and said["detail"].endswith(f"so many frames fit with {fits}"), said
+        width, height = map(int, fits.split(" x "))
+        assert http.post("/v1/jobs", json=spec(**wrong | {"height": height, "width": width})).status_code == 202
+    http.close()
+    assert client(opened(serve_enlarge=150)).post("/v1/jobs", json=spec(**WIDE)).status_code == 202
+
+
+def test_every_model_makes_the_sizes_it_was_published_for():
+    from types import SimpleNamespace
+
+    from vidgen.models.registry import entries
+    from vidgen.serve.service import _check_most
+    from vidgen.settings import Serve
+
+    free = SimpleNamespace(only=None, multiple=16)
+    for entry in entries().values():
+        longest = {"wan": 121, "ltx": 257, "hunyuan": 129}.get(entry.family, entry.num_frames)
+        for height, width in [(entry.height, entry.width), *([(720, 1280)] if entry.height >= 480 else [])]:
+            _check_most(entry, free, {"num_frames": longest, "height": height, "width": width}, Serve().megapixels, Serve().enlarge)
+
+
 def test_a_body_is_capped_before_it_is_parsed(service):
     http = client(service)
     body = lambda size: b'{"prompt": "' + b"a" * (size - 14) + b'"}'  # noqa: E731

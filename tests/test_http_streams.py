@@ -76,6 +76,170 @@ def test_a_stream_of_a_job_that_is_deleted_ends(service):
     assert asyncio.run(asyncio.wait_for(listen(), 10))
 
 
+def test_a_stream_says_that_its_job_was_deleted(service):
+    gone, other = service.jobs.submit("noop", {}), service.jobs.submit("noop", {})
+
+    async def listen():
+        parts, first = [], True
+        async for part in progress.sse(service.hub, [gone.id, other.id], [0, 0]):
+            parts.append(part.decode())
+            if "queued" in parts[-1] and first:
+                first = False
+                await asyncio.to_thread(service.jobs.cancel, gone.id)
+                await asyncio.to_thread(service.jobs.delete, gone.id)
+            if "deleted" in parts[-1]:
+                await asyncio.to_thread(service.jobs.cancel, other.id)
+        return parts, [p async for p in progress.sse(service.hub, [gone.id], [0])]
+    parts, again = asyncio.run(asyncio.wait_for(listen(), 20))
+    told = list(parse("".join(parts)))
+    assert [(i, d["job"]) for i, kind, d in told if kind == "deleted"] == [(None, gone.id)] and told[-1][1:] == ("canceled", told[-1][2]) and told[-1][2]["job"] == other.id
+    assert [kind for _, kind, _ in parse(b"".join(again).decode())] == ["deleted"]  # it was there when it was looked for, and gone when it was joined
+
+
+def quick(monkeypatch, heartbeat=0.2):
+    "Heartbeats of a fraction of a second."
+    for act in (progress.sse, progress.Talk.__init__):
+        monkeypatch.setitem(act.__kwdefaults__, "heartbeat", heartbeat)
+
+
+async def heard(socket, seconds=20):
+    "The messages of a WebSocket until it is closed, and the code and reason."
+    found = []
+    try:
+        async with asyncio.timeout(seconds):
+            while True:
+                found.append(json.loads(await socket.recv()))
+    except websockets.ConnectionClosed as err:
+        return found, err.rcvd.code, err.rcvd.reason
+
+
+def test_a_websocket_on_a_deleted_job_ends(service, monkeypatch):
+    quick(monkeypatch)
+    job = service.jobs.submit("noop", {})
+
+    async def listen(path, *said):
+        async with websockets.connect(f"ws{address[4:]}{path}") as socket:
+            for one in said:
+                await socket.send(json.dumps(one))
+            assert json.loads(await socket.recv())["type"] == "queued"
+            service.jobs.cancel(job.id)
+            service.jobs.delete(job.id)
+            return await heard(socket)
+    with served(service) as address:
+        found, code, reason = asyncio.run(listen(f"/v1/jobs/{job.id}/ws"))
+        assert (found[-1]["type"], found[-1]["job"], code) == ("deleted", job.id, 4404) and job.id in reason
+        gone, job = job, service.jobs.submit("noop", {})
+        monkeypatch.setitem(progress.Talk.__init__.__kwdefaults__, "silent", 2.0)
+        found, code, _ = asyncio.run(listen("/v1/ws", {"subscribe": [{"job": job.id}]}))  # it may yet ask for other jobs, until it says nothing any more
+        assert code == 1000 and [m["job"] for m in found if m["type"] == "deleted"] == [job.id]
+        with pytest.raises(websockets.ConnectionClosed) as err:
+            asyncio.run(listen(f"/v1/jobs/{gone.id}/ws"))
+        assert err.value.rcvd.code == 4404
+
+
+def test_a_websocket_on_a_job_of_which_all_is_told_ends(service):
+    job = service.jobs.submit("noop", {})
+    finish(service)
+    last = service.jobs.events(job.id)[-1].seq
+
+    async def listen():
+        async with websockets.connect(f"ws{address[4:]}/v1/jobs/{job.id}/ws?after={last}") as socket:
+            return await heard(socket)
+    with served(service) as address:
+        assert asyncio.run(listen()) == ([], 1000, "the job has ended")
+
+
+def test_who_joins_while_the_table_is_read_is_not_told_of_a_deleted_job(service, monkeypatch):
+    one, two = (service.jobs.submit("noop", {}) for _ in range(2))
+    latest, asked = service.jobs.latest, []
+
+    def slow(ids):
+        found = latest(ids)
+        if ids == [one.id] and asked:
+            time.sleep(0.5)
+        asked.append(ids)
+        return found
+    monkeypatch.setattr(service.jobs, "latest", slow)
+
+    async def listen():
+        first, second = service.hub.reader(), service.hub.reader()
+        await first.add(one.id)
+        await asyncio.sleep(0.2)
+        await second.add(two.id)
+        await second.next(1)
+        await second.next(1)
+        gone = second.gone
+        for reader in (first, second):
+            reader.close()
+        return gone
+    assert asyncio.run(listen()) == []
+
+
+@pytest.mark.parametrize("way", ["revoked", "expired", "first key"])
+def test_who_may_not_listen_any_more_is_cut_at_the_next_heartbeat(service, monkeypatch, way):
+    quick(monkeypatch)
+    text, key = ("", None) if way == "first key" else service.keys.create("ada", expires_in=1.5 if way == "expired" else None)
+    job = service.jobs.submit("noop", {}, owner="ada" if key else "")
+    head = {"Authorization": f"Bearer {text}"} if key else {}
+
+    async def by_websocket(path):
+        async with websockets.connect(f"ws{address[4:]}{path}", additional_headers=head) as socket:
+            await socket.send(json.dumps({"subscribe": [{"job": job.id}]}))
+            assert json.loads(await socket.recv())["type"] == "queued"
+            return await heard(socket)
+
+    async def by_sse():
+        async with httpx.AsyncClient(timeout=30) as http, http.stream("GET", f"{address}/v1/jobs/{job.id}/events", headers={"Accept": "text/event-stream", **head}) as answer:
+            return "".join([piece async for piece in answer.aiter_text()])
+
+    async def all_of_them():
+        tasks = [asyncio.create_task(one) for one in (by_websocket("/v1/ws"), by_websocket(f"/v1/jobs/{job.id}/ws"), by_sse())]
+        await asyncio.sleep(1)
+        assert not any(t.done() for t in tasks)
+        if way != "expired":
+            service.keys.revoke(key.id) if key else service.keys.create("eve")
+        return await asyncio.wait_for(asyncio.gather(*tasks), 30)
+    with served(service) as address:
+        *sockets, stream = asyncio.run(all_of_them())
+        assert [(code, reason) for _, code, reason in sockets] == [(1008, progress.REVOKED)] * 2
+        told = list(parse(stream))
+        assert told[-1][1] == "closed" and told[-1][2]["reason"] == progress.REVOKED and told[-1][0] is None
+        assert httpx.get(f"{address}/v1/jobs/{job.id}/events", headers=head).status_code == 401
+    assert service.hub.readers == 0
+
+
+def test_a_database_that_is_away_cuts_nobody(service, monkeypatch):
+    from vidgen.serve.auth import Caller
+    from vidgen.serve.records import Unavailable
+
+    def away(*_):
+        raise Unavailable("restarting")
+    monkeypatch.setattr(service.keys, "_row", away)
+    assert service.still(Caller("ada", "abcdefgh"))
+
+
+def test_a_reader_that_is_told_to_stop_at_the_moment_of_news_stops(service):
+    "Else the close of a WebSocket would wait for a task that goes on for ever."
+    job = service.jobs.submit("noop", {})
+
+    async def stopped(ticks):
+        reader = service.hub.reader()
+        await reader.add(job.id, after=1)
+        task = asyncio.create_task(reader.next(2))
+        await asyncio.sleep(0.1)
+        reader.wake.set()
+        for _ in range(ticks):
+            await asyncio.sleep(0)
+        task.cancel()
+        await asyncio.wait({task}, timeout=1)
+        reader.close()
+        return task.cancelled()
+
+    async def all_of_them():
+        return [await stopped(ticks) for ticks in range(4)]
+    assert all(asyncio.run(all_of_them()))
+
+
 def test_heartbeats_have_no_id_and_pings_are_comments(service, monkeypatch):
     job = service.jobs.submit("noop", {})
 

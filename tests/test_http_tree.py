@@ -311,6 +311,16 @@ def test_files_without_a_job_are_listed_and_removed(house):
     assert run(house, "jobs", "orphans", "--delete")[0] == 0 and not stray.exists()
 
 
+def test_files_of_another_database_are_not_removed(house):
+    folder = house / "artifacts"
+    (folder / "videos").mkdir(parents=True)
+    (folder / "videos/stray.mp4").write_bytes(b"x")
+    (folder / "vidgen-files").write_text("files_of_another_database")
+    status, _, err = run(house, "jobs", "orphans", "--delete")
+    assert status == 2 and "not where this database keeps its files" in err and (folder / "videos/stray.mp4").exists()
+    assert "stray.mp4" in run(house, "jobs", "orphans")[1]
+
+
 @pytest.mark.parametrize(("host", "keys", "open_", "starts"), [
     ("127.0.0.1", False, False, True), ("::1", False, False, True), ("localhost", False, False, True), ("127.0.0.5", False, False, True), ("0.0.0.0", False, False, False), ("192.168.1.5", False, False, False),
     ("0.0.0.0", True, False, True), ("0.0.0.0", False, True, True), ("example.org", False, False, False)])

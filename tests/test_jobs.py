@@ -219,6 +219,31 @@ def test_what_no_device_can_hold_fails_instead_of_waiting_for_ever(jobs, clock):
     assert jobs.get(job.id).error["code"] == "does_not_fit" and "10" in jobs.get(job.id).error["message"]
 
 
+def test_what_the_device_of_its_place_can_not_hold_fails_instead_of_waiting_for_ever(jobs, clock):
+    def seen(**devices):
+        with jobs.writing() as ledger:
+            t = ledger.t.device
+            for name, mib in devices.items():
+                if not ledger.run(t.update().where(t.c.name == name).values(seen=ledger.now)).rowcount:
+                    ledger.run(t.insert().values(name=name, total_mib=mib, seen=ledger.now))
+    seen(large=48, small=10)
+    fits, wrong, free = jobs.submit("noop", {}, memory_mib=20, place=0), jobs.submit("noop", {}, memory_mib=20, place=3), jobs.submit("noop", {}, memory_mib=20)
+    assert jobs.claim("w", slot="small") is None
+    jobs.expire()
+    clock[0] += 541
+    seen(large=48, small=10)
+    clock[0] += 100
+    seen(large=48)  # the other one is restarted: no place is certain
+    jobs.expire()
+    assert {jobs.get(j.id).state for j in (fits, wrong, free)} == {"queued"}
+    seen(small=10)
+    jobs.expire()
+    assert [jobs.get(j.id).state for j in (fits, wrong, free)] == ["queued", "failed", "queued"]
+    error = jobs.get(wrong.id).error
+    assert error["code"] == "does_not_fit" and all(word in error["message"] for word in ("20 MiB", "small", "10", "fewer frames"))
+    assert {jobs.claim("w", slot="large").job.id for _ in range(2)} == {fits.id, free.id}
+
+
 def test_owners_take_turns(jobs, clock):
     for owner in "aaaaaabbb":
         jobs.submit("noop", {}, owner=owner)

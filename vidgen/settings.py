@@ -85,6 +85,7 @@ class Serve:
     queued: int = key(1000, "queued jobs of everybody; more are refused with 503", unit="jobs", low=1)
     device_seconds_per_day: float = key(0.0, "seconds of computing one key may use in 24 hours; 0 = as many as it likes", unit="seconds", low=0)
     megapixels: float = key(600.0, "width x height x frames a job may ask for", unit="million pixels", low=0.001)
+    enlarge: float = key(8.0, "how many times the pixels of the model's own clip, width x height x frames, a job may ask for", unit="times", low=1)
     wait: float = key(300.0, "how long a request that waits for its clip is held before it is answered with 202", unit="seconds", low=0)
     portal_expires: float = key(300.0, "queued jobs of /api/video expire after this; 0 = never", unit="seconds", low=0)
     logs: str = key("logs", "folder of the logs; empty = standard error only", unit="folder")

@@ -145,6 +145,11 @@ class Keys:
         right = hmac.compare_digest(digest(secret), row.digest if row else digest(""))
         return self._used(_key(row)) if row and right and _key(row).valid(time.time()) else None
 
+    def holds(self, id: str) -> bool:
+        "Is the key of this id valid now? Asked while somebody listens who came with it."
+        row = self._row(id)
+        return row is not None and _key(row).valid(time.time())
+
     def _row(self, name: str):
         with self._asking() as conn:
             return conn.execute(table().select().where(table().c.id == name)).first()

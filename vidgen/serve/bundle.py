@@ -9,11 +9,11 @@ __all__ = ['PIECE', 'zipped', 'members', 'answer']
 import json
 import zipfile
 from collections.abc import Iterable, Iterator
-from pathlib import Path
+from typing import BinaryIO
 
 from .guard import Problem
 from .records import Job
-from .service import artifact, filename
+from .service import artifact, filename, gone
 
 # %% ../../nbs/70_serve/7841_bundle.ipynb #13755e4d
 PIECE = 256 * 1024
@@ -41,8 +41,8 @@ class _Pipe:
         return b"".join(parts)
 
 
-def zipped(members: Iterable[tuple[str, Path | bytes]]) -> Iterator[bytes]:
-    "The pieces of a ZIP of (name, file or bytes), stored, not packed. Errors: OSError when a file goes away meanwhile."
+def zipped(members: Iterable[tuple[str, BinaryIO | bytes]]) -> Iterator[bytes]:
+    "The pieces of a ZIP of (name, open file or bytes), stored, not packed."
     pipe = _Pipe()
     with zipfile.ZipFile(pipe, "w", zipfile.ZIP_STORED) as out:
         for name, source in members:
@@ -53,27 +53,33 @@ def zipped(members: Iterable[tuple[str, Path | bytes]]) -> Iterator[bytes]:
     yield pipe.taken()
 
 
-def _pieces(path: Path) -> Iterator[bytes]:
-    with path.open("rb") as file:
-        while piece := file.read(PIECE):
-            yield piece
+def _pieces(file: BinaryIO) -> Iterator[bytes]:
+    while piece := file.read(PIECE):
+        yield piece
 
 # %% ../../nbs/70_serve/7841_bundle.ipynb #8cb56e7b
-def members(jobs, batch: list[Job]) -> Iterator[tuple[str, Path | bytes]]:
-    "What goes into the ZIP of a batch: `manifest.json`, then a film for each job that has one."
-    rows, films = [], []
+def members(jobs, batch: list[Job]) -> Iterator[tuple[str, BinaryIO | bytes]]:
+    "What goes into the ZIP of a batch: a film for each job that has one, then `manifest.json`."
+    rows = []
     for job in batch:
         row = {"job_id": job.id, "state": job.state, "prompt": job.spec.get("prompt"), "file": None, "error": job.error}
         try:
-            found = artifact(jobs, job, mime="video/") if job.state == "succeeded" else None
+            if job.state == "succeeded":
+                found = artifact(jobs, job, mime="video/")
+                with _opened(found) as film:
+                    row |= {"file": filename(job, found), "sha256": found.sha256}
+                    yield row["file"], film
         except Problem as err:
-            found, row["error"] = None, {"code": err.code, "message": err.detail}
-        if found:
-            row |= {"file": filename(job, found), "sha256": found.sha256}
-            films.append((row["file"], found.path))
+            row["error"] = {"code": err.code, "message": err.detail}
         rows.append(row)
     yield "manifest.json", json.dumps(rows, indent=1, ensure_ascii=False).encode()
-    yield from films
+
+
+def _opened(found) -> BinaryIO:
+    try:
+        return found.path.open("rb")
+    except FileNotFoundError:
+        raise gone(found.job) from None
 
 
 def answer(service, batch: list[Job]):

@@ -334,13 +334,17 @@ def retry(ids: Ids, config: Config = None, database: Database = None) -> None:
 
 @jobs_app.command()
 def orphans(config: Config = None, database: Database = None, delete: Annotated[bool, typer.Option("--delete", help="Remove them.")] = False) -> None:
-    "List files that belong to no job."
+    "List files that belong to no job. Those in a folder of another database are not removed."
+    from vidgen.serve import storage
+
     with opened(config, database) as service:
+        if delete:
+            storage.refuse_foreign(service.jobs)
         found = service.jobs.orphans()
     for path in found:
         print(path)
         if delete:
-            path.unlink()
+            path.unlink(missing_ok=True)
     if not found:
         print("no file without a job")
 

@@ -10,6 +10,7 @@ import time
 
 from ..errors import need
 from . import measures, storage
+from .choose import ALIVE
 from .claims import WAITING, commit
 from .ledger import CRASHES, Ledger, delay, end
 
@@ -94,19 +95,38 @@ GRACE = 600.0  # seconds in which a larger device may still come
 
 def expire(jobs) -> int:
     "See `Jobs.expire`."
-    sa = need("sqlalchemy", "serve")
     ended = 0
     with jobs.writing() as ledger:
-        job, device = ledger.t.job, ledger.t.device.c
-        waits = (job.c.state == "queued", job.c.ending.is_(None))
-        for row in ledger.run(job.select().where(*waits, job.c.expires_at <= ledger.now).limit(1000).with_for_update(skip_locked=True)).all():
+        job = ledger.t.job
+        for row in _waiting(ledger, job.c.expires_at <= ledger.now):
             ended += end(ledger, row, "expired", {"code": "expired", "message": "it waited longer than it was to"}, job.c.state == "queued")
-        largest = ledger.run(sa.select(sa.func.max(device.total_mib)).where(device.seen > ledger.now - GRACE)).scalar()
-        too_large = (*waits, job.c.memory_mib > (largest or 0), job.c.created_at < ledger.now - GRACE)
-        for row in ledger.run(job.select().where(*too_large).limit(1000).with_for_update(skip_locked=True)).all() if largest else ():
-            message = f"it needs {row.memory_mib} MiB, and the largest device has {largest}: ask for fewer frames or a smaller picture, or a cheaper plan"
-            end(ledger, row, "failed", {"code": "does_not_fit", "message": message}, job.c.state == "queued")
+        _fail_too_large(ledger)
         return ended + stop(ledger)
+
+
+def _waiting(ledger: Ledger, *where) -> list:
+    job = ledger.t.job
+    return ledger.run(job.select().where(job.c.state == "queued", job.c.ending.is_(None), *where).limit(1000).with_for_update(skip_locked=True)).all()
+
+
+def _fail_too_large(ledger: Ledger) -> None:
+    "Jobs that fit no device, or not the one that their place names, neither of those seen lately nor of those that may come back."
+    job, device = ledger.t.job, ledger.t.device
+    recent, alive = (ledger.run(device.select().where(device.c.seen > ledger.now - seconds).order_by(device.c.name)).all() for seconds in (GRACE, ALIVE))
+    sizes = {d.total_mib for d in recent}
+    wrong = [(job.c.memory_mib > max(sizes), lambda row: f"the largest device has {max(sizes)}")] if sizes else []
+    if len(sizes) > 1 and alive:
+        placed = lambda row: alive[row.place % len(alive)]
+        wrong.append((_misplaced(job, recent) & _misplaced(job, alive), lambda row: f"the device of its place in the batch, {placed(row).name}, has {placed(row).total_mib}"))
+    for where, why in wrong:
+        for row in _waiting(ledger, where, job.c.created_at < ledger.now - GRACE):
+            message = f"it needs {row.memory_mib} MiB, and {why(row)}: ask for fewer frames or a smaller picture, or a cheaper plan"
+            end(ledger, row, "failed", {"code": "does_not_fit", "message": message}, job.c.state == "queued")
+
+
+def _misplaced(job, devices: list):
+    "The condition of a job that needs more memory than the one of these devices has which its place names."
+    return need("sqlalchemy", "serve").or_(*((job.c.place % len(devices) == i) & (job.c.memory_mib > d.total_mib) for i, d in enumerate(devices)))
 
 
 def stop(ledger: Ledger) -> int:

@@ -212,7 +212,7 @@ def _following(api, service: Service) -> None:
             await asyncio.to_thread(service.jobs.get, name, who.owner)
         if not await progress.unfinished(service.jobs, ids, numbers):
             return Response(status_code=204)
-        return event_stream(progress.sse(service.hub, ids, numbers))
+        return event_stream(progress.sse(service.hub, ids, numbers, still=lambda: service.still(who)))
 
     @api.get("/jobs/{job_id}/events", summary="What happens to a job", responses={200: {"content": {"text/event-stream": {}}}, 204: {"description": "all was told"}})
     async def events(job_id: str, request: Request, who: Reader, after: Annotated[int, Query(ge=0, le=2**53)] = 0, last_event_id: Annotated[str, Header(max_length=40)] = ""):
@@ -248,7 +248,7 @@ async def converse(service: Service, socket, who, subscribe: list[dict] = ()) ->
     await socket.accept()
     try:
         who = who or await _introduced(service, socket)
-        talk = progress.Talk(service.hub, lambda: _heard(socket), lambda message: _told(socket, message), lambda name: _allowed(service, name, who), until_end=bool(subscribe))
+        talk = progress.Talk(service.hub, lambda: _heard(socket), lambda message: _told(socket, message), lambda name: _allowed(service, name, who), lambda: service.still(who), until_end=bool(subscribe))
         with streaming("ws"):
             code, reason = await talk.run(subscribe)
     except progress.Closing as closing:

@@ -21,7 +21,7 @@ from typing import Annotated, ClassVar, Literal
 from ..errors import unknown
 from .guard import Problem, fetch, redraw
 from .records import Job
-from .service import Bound, Prompted, Service, Text, _default_model, artifact, body, checked, documented, model, send_file, upload, wait
+from .service import Bound, Prompted, Service, Text, _default_model, artifact, body, checked, documented, gone, model, send_file, upload, wait
 from .storage import tiers
 
 # %% ../../nbs/70_serve/786_openai.ipynb #8da8ed0e
@@ -200,10 +200,13 @@ def extension(service: Service, owner: str, asked: Extend, data: bytes | None = 
 
     job = source(service, owner, asked.video, data)
     film = _film(service, job)
-    clip = Clip.open(film.path)
-    spec = following(job, clip, asked, service.settings.serve.megapixels)
+    try:
+        clip = Clip.open(film.path)
+        spec, kept = following(job, clip, asked, service.settings.serve.megapixels), upload(service.jobs, film.path, film.name, owner, film.mime)
+    except FileNotFoundError:
+        raise gone(job.id) from None
     last = upload(service.jobs, png(Image.fromarray(clip.frames[-1])), "image.png", owner, "image/png")
-    return spec | {"image": last, "extends": {"film": upload(service.jobs, film.path, film.name, owner, film.mime), "frames": len(clip.frames), "video": job.id}}
+    return spec | {"image": last, "extends": {"film": kept, "frames": len(clip.frames), "video": job.id}}
 
 
 def nested(values: dict) -> dict:

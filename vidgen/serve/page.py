@@ -52,6 +52,7 @@ def routes(service: Service):
     if service.settings.serve.docs:
         @api.get("/docs")
         def docs():
-            return FileResponse(STATIC / "docs.html", headers={"Cache-Control": "no-cache"})
+            whole = all(map(file_of, SWAGGER))
+            return FileResponse(STATIC / ("docs.html" if whole else "docs-plain.html"), headers={"Cache-Control": "no-cache"})
 
     return api

@@ -5,18 +5,20 @@
 # %% auto #0
 __all__ = ['MOST_STEPS', 'MOST_PROMPT', 'MOST_BATCH', 'Text', 'Frames', 'Size', 'Rate', 'FORM_NUMBERS', 'MOST_NAME', 'Bound',
            'Options', 'Prompted', 'Generation', 'from_form', 'checked', 'body', 'documented', 'model', 'check_spec',
-           'made_frames', 'adapters', 'problem', 'needs', 'used_seconds', 'waiting', 'Service', 'database', 'filename',
-           'artifact', 'send_file', 'upload', 'wait', 'preference']
+           'within', 'made_frames', 'adapters', 'problem', 'needs', 'used_seconds', 'waiting', 'Service', 'database',
+           'filename', 'artifact', 'gone', 'send_file', 'upload', 'wait', 'preference']
 
 # %% ../../nbs/70_serve/780_service.ipynb #ccf478e4
 import asyncio
 import hashlib
 import json
+import os
 import textwrap
 import time
 import unicodedata
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
+from math import prod, sqrt
 from pathlib import Path
 from typing import Annotated, ClassVar
 
@@ -182,6 +184,7 @@ def check_spec(
     spec: dict,
     default: str,             # the model where none is named
     megapixels: float,        # the most width x height x frames
+    enlarge: float,           # the most of it, in clips of the model's own size
     root: Path = Path("."),   # folder of stored files
 ) -> dict:
     "The spec with its model named, if the model can do it. Errors: Problem 422 with the nearest right values."
@@ -199,11 +202,27 @@ def check_spec(
         rules.check(**size)
     except ValueError as err:
         raise Problem(422, "bad_size", str(err), nearest_frames=_near(rules.frames, size["num_frames"])) from None
-    if size["num_frames"] * size["height"] * size["width"] > megapixels * 1e6:
-        raise Problem(422, "too_much", "{num_frames} frames of {width} x {height} are more than this service makes".format(**size) + f" ({megapixels:g} million pixels)")
+    _check_most(entry, rules, size, megapixels, enlarge)
     _check_adapter(spec.get("adapter"), root)
     _check_cache(spec.get("cache"))
     return spec | {"model": name}
+
+
+def _check_most(entry, rules, size: dict, megapixels: float, enlarge: float) -> None:
+    own = prod(getattr(entry, k) for k in size)
+    if prod(size.values()) > (most := min(megapixels * 1e6, enlarge * own)):
+        limit = f"{megapixels:g} million pixels" if most < enlarge * own else f"{enlarge:g} times the {entry.num_frames} frames of {entry.width} x {entry.height} that {entry.name} is made for"
+        less = within(most, rules.multiple, **size) if not rules.only else None
+        said = "{num_frames} frames of {width} x {height} are more than this service makes".format(**size) + f": at most {limit}"
+        raise Problem(422, "too_much", said + (f"; so many frames fit with {less[1]} x {less[0]}" if less else ""))
+
+
+def within(most: float, multiple: int, num_frames: int, height: int, width: int) -> tuple[int, int] | None:
+    "The largest (height, width) of about this shape whose frames together have at most so many pixels; None if not even the smallest fits."
+    scale = min(1.0, sqrt(most / (num_frames * height * width)))
+    short, long = (max(multiple, int(scale * side) // multiple * multiple) for side in sorted((height, width)))
+    long = min(long, int(most / (num_frames * short)) // multiple * multiple)
+    return None if not long else (short, long) if height <= width else (long, short)
 
 
 def made_frames(rules, asked: int) -> int:
@@ -339,6 +358,13 @@ class Service:
             raise Problem(429, "rate_limited", f"{most} requests a minute are the most; come back in {after:.0f} s", after=after)
         return who, {"RateLimit-Limit": str(most), "RateLimit-Remaining": str(left), "RateLimit-Reset": str(round(after))}
 
+    def still(self, who: Caller) -> bool:
+        "May a caller that was let in listen on? While the database is away, yes."
+        try:
+            return self.keys.holds(who.key) if who.key else not self.keys.exist()
+        except Unavailable:
+            return True
+
     def accept(self, who: Caller, spec: dict, *, kind: str = "generate", **how) -> Job:
         "Put a job into the queue; `how` as for `Jobs.submit`. Errors: Problem."
         asked = self._admitted(who, spec) if kind == "generate" else {"kind": kind, "spec": spec}
@@ -366,7 +392,7 @@ class Service:
 
     def _admitted(self, who: Caller, spec: dict) -> dict:
         "A clip somebody asks for, as `Jobs.submit` takes it. Errors: Problem."
-        spec = check_spec(spec, self.settings.model.name, self.settings.serve.megapixels, self.jobs.root)
+        spec = check_spec(spec, self.settings.model.name, self.settings.serve.megapixels, self.settings.serve.enlarge, self.jobs.root)
         for name in (spec.get("image"), spec.get("extends", {}).get("film")):
             self._check_upload(who, name)
         return {"kind": "generate", "spec": spec} | needs(self.jobs, spec)
@@ -414,20 +440,56 @@ def artifact(jobs, job: Job, name: str | None = None, mime: str = ""):
     if path.is_symlink() or not path.resolve().is_relative_to(jobs.root.resolve()):
         raise Problem(404, "not_found", f"{job.id} has no file of this name")
     if not path.is_file():
-        raise Problem(410, "gone", f"this file of {job.id} is gone")
+        raise gone(job.id)
     return found[0]
 
 
-def send_file(job: Job, found, headers, *, download: bool = False):
-    "The answer that sends an artifact of a job: with ranges, an ETag, and a name made here."
-    from fastapi import Response
+def gone(job_id: str) -> Problem:
+    "The answer where a file was when it was looked for, and is no more."
+    return Problem(410, "gone", f"this file of {job_id} is gone")
+
+
+@cache
+def _sent() -> type:
+    "A FileResponse that says nothing before it holds the file, for somebody may delete the job meanwhile."
     from fastapi.responses import FileResponse
+
+    class Sent(FileResponse):
+        job_id = ""
+
+        async def __call__(self, scope, receive, send):
+            head, begun = [], False
+
+            async def told(message):
+                nonlocal begun
+                if message["type"] == "http.response.start":
+                    return head.append(message)
+                begun = True
+                while head:
+                    await send(head.pop())
+                await send(message)
+
+            try:
+                await super().__call__(scope, receive, told)
+            except (OSError, RuntimeError):
+                if begun or os.path.exists(self.path):
+                    raise
+                raise gone(self.job_id) from None
+
+    return Sent
+
+
+def send_file(job: Job, found, headers, *, download: bool = False):
+    "The answer that sends an artifact of a job: with ranges, an ETag, and a name made here. Errors, when it is sent: Problem 410 for a file that has gone since."
+    from fastapi import Response
 
     tag = f'"{found.sha256}"'
     sent = {"ETag": tag, "Cache-Control": "private, no-cache", "Accept-Ranges": "bytes"}
     if tag in headers.get("if-none-match", ""):
         return Response(status_code=304, headers=sent)
-    return FileResponse(found.path, media_type=found.mime, headers=sent, filename=filename(job, found), content_disposition_type="attachment" if download else "inline")
+    answer = _sent()(found.path, media_type=found.mime, headers=sent, filename=filename(job, found), content_disposition_type="attachment" if download else "inline")
+    answer.job_id = found.job
+    return answer
 
 # %% ../../nbs/70_serve/780_service.ipynb #409c8edf
 def upload(jobs, data: bytes | Path, name: str, owner: str, mime: str) -> str:

@@ -1,5 +1,5 @@
 "use strict";
-// Swagger UI where its files are installed, else a plain list of the same document.
+// Swagger UI on docs.html; on docs-plain.html, which is sent where its files are not installed, a plain list of the same document.
 const add = (parent, tag, more = {}) => { const made = Object.assign(document.createElement(tag), more); parent.append(made); return made; };
 const load = (tag, more) => new Promise((done, failed) => add(document.head, tag, { ...more, onload: done, onerror: failed }));
 
@@ -16,12 +16,10 @@ function route(box, method, path, about, schemas) {
 }
 
 async function list() {
-  await load("link", { rel: "stylesheet", href: "/static/app.css" });
-  const api = await (await fetch("/openapi.json")).json(), box = add(document.getElementById("api"), "section", { className: "plain" });
-  add(box, "h2", { textContent: "vidgen · API" });
-  add(box, "p", { textContent: "From /openapi.json. To try requests here: pip install fastapi-swagger" });
+  const api = await (await fetch("/openapi.json")).json(), box = document.getElementById("api");
   for (const [path, methods] of Object.entries(api.paths)) for (const [method, about] of Object.entries(methods)) route(box, method, path, about, (api.components || {}).schemas || {});
 }
 
 const swagger = () => SwaggerUIBundle({ url: "/openapi.json", dom_id: "#api", deepLinking: true, persistAuthorization: false, validatorUrl: null, presets: [SwaggerUIBundle.presets.apis], layout: "BaseLayout" });
-Promise.all([load("script", { src: "/static/swagger-ui-bundle.js" }), load("link", { rel: "stylesheet", href: "/static/swagger-ui.css" })]).then(swagger, list);
+if (document.querySelector(".plain")) list();
+else Promise.all([load("script", { src: "/static/swagger-ui-bundle.js" }), load("link", { rel: "stylesheet", href: "/static/swagger-ui.css" })]).then(swagger);
