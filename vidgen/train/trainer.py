@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['SAMPLE_SEED', 'IDENTITY', 'clip_generators', 'Learner', 'here', 'noisy', 'arithmetic', 'Data', 'manifests',
            'prepared', 'replays', 'Feed', 'together', 'loop_config', 'Training', 'identity', 'same_run', 'redealt',
-           'forget_after', 'built', 'begun', 'restored', 'Trained', 'unsliced', 'finished', 'listeners', 'created',
-           'reopened', 'train']
+           'forget_after', 'built', 'started', 'begun', 'restored', 'Trained', 'unsliced', 'finished', 'listeners',
+           'created', 'reopened', 'train']
 
 # %% ../../nbs/50_train/55_trainer.ipynb #f33bbcbb
 import hashlib
@@ -32,7 +32,7 @@ from ..errors import unknown
 from ..progress import Cancel, ProgressFn, bar
 from ..store import atomic_write, open_store
 from . import lora
-from .adapters import Adapter, base_hash, save_adapter
+from .adapters import Adapter, base_hash, save_adapter, start_from
 from .config import Recipe, differences, recipe
 from .loop import Alone, Shelf, State, TrainConfig, fit, halt, load_state, record, whole
 from .objective import Objective, held_errors, held_means, losses, objective
@@ -335,18 +335,33 @@ def built(r: Recipe, device: str = ""):
     return gen
 
 
+def started(r: Recipe, gen, folder: Path) -> dict:
+    "Give a new adapter the weights of the recipe's `init_adapter`, which a checkpoint already has; {init_hash: of that adapter}, or nothing. ValueError for one that doesn't fit, or is another than the run was begun from."
+    if not r.init_adapter:
+        return {}
+    note = folder / IDENTITY
+    known = json.loads(note.read_text()).get("init_hash") if note.exists() else None
+    if known and Shelf(folder / "checkpoints", r.keep).last:
+        return {"init_hash": known}
+    found = start_from(gen, r.init_adapter).hash
+    if known and known != found:
+        raise ValueError(f"{r.init_adapter} has changed since {folder} was begun from it ({known[:8]} -> {found[:8]}), and there is no checkpoint yet: start a new run")
+    return {"init_hash": found}
+
+
 def begun(r: Recipe, run, *, progress: ProgressFn | None = None, cancel: Cancel | None = None, force: bool = False, team=Alone()) -> Training:
     "Load, encode, share the model out, and restore the last checkpoint if there is one. Errors: ValueError for what can't be trained or resumed."
     check_metrics(r.metrics, r.brand or None)
     _same_recipe(r, run.path, force)
     r = r if force else redealt(r, run.path, team.size)
     gen = built(r)
+    origin = started(r, gen, run.path)
     if team.rank:
         team.wait()
     data = prepared(r, gen, Path(r.encoded).expanduser() if r.encoded else run.path / "encoded", progress=progress, cancel=cancel)
     if not team.rank:
         team.wait()
-    now, (mine, _, share) = identity(r, gen, data, team), lora.trainable(gen.parts.transformer)
+    now, (mine, _, share) = identity(r, gen, data, team) | origin, lora.trainable(gen.parts.transformer)
     lora.checkpoint(gen.parts, r.checkpointing)
     for block in lora.blocks(gen.parts) if r.compile else []:
         block.compile()
@@ -382,7 +397,7 @@ def _noted(run, now: dict, state: State) -> None:
     "What the run is, into its folder; what it logged beyond its state, out of it."
     forget_after(run.path, state.step)
     (run.path / IDENTITY).write_text(json.dumps(now, indent=1))
-    run.record(model_hash=now["model_hash"], data_hash=now["data_hash"], precision=now["recipe"]["precision"])
+    run.record(model_hash=now["model_hash"], data_hash=now["data_hash"], precision=now["recipe"]["precision"], **{k: now[k] for k in ("init_hash",) if k in now})
 
 # %% ../../nbs/50_train/55_trainer.ipynb #4e27bee8
 @dataclass(frozen=True)
@@ -434,7 +449,8 @@ def finished(it: Training) -> Trained | None:
     if not (gen := unsliced(it)):
         return None
     it.gen = gen
-    facts = dict(data_hash=it.data.hash, made={"run": run.path.name, "steps": state.step, "before": before, "after": after}, licence=it.gen.entry.licence)
+    origin = {k: v for k, v in json.loads((run.path / IDENTITY).read_text()).items() if k == "init_hash"}
+    facts = dict(data_hash=it.data.hash, made={"run": run.path.name, "steps": state.step, "before": before, "after": after} | origin, licence=it.gen.entry.licence)
     folder = run.path / ("adapter" if r.method == "lora" else "model")
     adapter = save_adapter(it.gen, folder, **facts) if r.method == "lora" else _whole(it, folder, facts)
     record(state, run, "after", None, **after)
