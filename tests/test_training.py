@@ -658,7 +658,18 @@ def test_films_and_report_are_told_and_a_repeated_step_replaces_its_films(tmp_pa
     assert heard == ["before-0.mp4", "step000002-0.mp4", "step-00000002", "after-0.mp4", adapters.FILE, "report.html"]
     page = (run.path / "artifacts/report.html").read_text()
     assert page.count("<img") == 2 and f"{done.after['loss/mean']:.4g}" in page and "world:12" in page
+    assert done.before.keys() == done.after.keys() > {"loss/mean", "oracle", "temporal_stability"}  # nobody named a metric
     assert len((run.path / "metrics.csv").read_text().splitlines()) == 1 + len((run.path / "metrics.jsonl").read_text().splitlines())
+
+
+def test_what_judges_the_clips_of_a_run():
+    world, brand = ["a red circle moving right on a white background"], ["the yellow circle of Ell"]
+    assert trainer.yardsticks(Recipe(data="world:8"), world) == ("temporal_stability,oracle,clip_score@world", None)
+    names, mark = trainer.yardsticks(Recipe(data="brand:8"), brand)
+    assert "brand_score" in names.split(",") and "oracle" not in names and mark.name == "Ell"
+    assert trainer.yardsticks(Recipe(data="world:8", metrics="oracle"), world)[0] == "oracle" and trainer.yardsticks(Recipe(data="world:8", metrics="none"), world)[0] == ""
+    with pytest.raises(ValueError, match="needs a brand file"):
+        trainer.check_metrics(*trainer.yardsticks(Recipe(data="world:8", metrics="brand_score"), []))
 
 
 def test_a_tracker_that_can_t_be_reached_is_a_warning(tmp_path):

@@ -77,8 +77,8 @@ class _Fields:
     patience: int = 0                  # validations without a better loss before it stops; 0: never
     prompts: int = 4                   # clips made with fixed seeds, of held captions
     inference_steps: int = 0           # for those clips; 0: the model's own
-    metrics: str = ""                  # names of `vidgen metrics` that judge them
-    brand: str = ""                    # a brand file, for the metrics that need one
+    metrics: str = ""                  # names of `vidgen metrics` that judge them; "": those that suit the prompts; none: none
+    brand: str = ""                    # a brand file, for the metrics that need one; "": that of brand:N, where this is the data
     trackers: str = ""                 # wandb, mlflow: beside the files of the run
     store: str = ""                    # s3://bucket/prefix, or a folder: the run is copied there at every checkpoint
 

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['SAMPLE_SEED', 'IDENTITY', 'clip_generators', 'Learner', 'here', 'noisy', 'arithmetic', 'Data', 'manifests',
-           'prepared', 'replays', 'Feed', 'together', 'loop_config', 'Training', 'identity', 'same_run', 'redealt',
-           'forget_after', 'built', 'started', 'begun', 'restored', 'Trained', 'unsliced', 'finished', 'listeners',
-           'created', 'reopened', 'train']
+           'prepared', 'replays', 'Feed', 'together', 'yardsticks', 'loop_config', 'Training', 'identity', 'same_run',
+           'redealt', 'forget_after', 'built', 'started', 'begun', 'restored', 'Trained', 'unsliced', 'finished',
+           'listeners', 'created', 'reopened', 'train']
 
 # %% ../../nbs/50_train/55_trainer.ipynb #f33bbcbb
 import hashlib
@@ -39,7 +39,7 @@ from .objective import Objective, held_errors, held_means, losses, objective
 from .team import collected, dealt
 from .report import write_report
 from .thrift import offloadable, store
-from .validate import check_metrics, improved, lent, measure, samples
+from .validate import check_metrics, improved, lent, measure, samples, suited
 
 # %% ../../nbs/50_train/55_trainer.ipynb #886a4ab0
 def clip_generators(seed: int, keys: tuple[str, ...]) -> list[torch.Generator]:
@@ -174,6 +174,14 @@ def together(batches: list[Batch]) -> Batch:
 
     return Batch(cat([b.z_BFCHW for b in batches]), cat([b.text for b in batches]), cat([b.image_B1CHW for b in batches]), sum((b.keys for b in batches), ()), batches[0].position, batches[0].bucket)
 
+# %% ../../nbs/50_train/55_trainer.ipynb #6f73ed61
+def yardsticks(r: Recipe, prompts: list[str]) -> tuple[str, object]:
+    "(names of metrics, brand or None) that judge a run's clips: the recipe's, or those that suit its prompts."
+    from vidgen.data.brand import world_brand
+
+    brand = r.brand or (world_brand() if r.data.startswith("brand:") else None)
+    return ("" if r.metrics == "none" else r.metrics or suited(prompts, brand)[0]), brand
+
 # %% ../../nbs/50_train/55_trainer.ipynb #c90bad05
 def loop_config(r: Recipe) -> TrainConfig:
     "The part of a recipe that the loop reads."
@@ -229,7 +237,8 @@ class Training:
             return made, {}
         for i, clip in enumerate(made):
             self.run.save_clip(f"{when}-{i}", clip, overwrite=True)
-        return made, measure(made, prompts, self.recipe.metrics, brand=self.recipe.brand or None)
+        metrics, brand = yardsticks(self.recipe, prompts)
+        return made, measure(made, prompts, metrics, brand=brand)
 
     def made(self, prompts: list[str], seeds: list[int]) -> list:
         "A clip for each prompt, of the model as it is; from the first frame of the prompt's held-out clip where the model needs one."
@@ -351,7 +360,7 @@ def started(r: Recipe, gen, folder: Path) -> dict:
 
 def begun(r: Recipe, run, *, progress: ProgressFn | None = None, cancel: Cancel | None = None, force: bool = False, team=Alone()) -> Training:
     "Load, encode, share the model out, and restore the last checkpoint if there is one. Errors: ValueError for what can't be trained or resumed."
-    check_metrics(r.metrics, r.brand or None)
+    check_metrics(*yardsticks(r, []))
     _same_recipe(r, run.path, force)
     r = r if force else redealt(r, run.path, team.size)
     gen = built(r)
