@@ -237,6 +237,64 @@ def test_a_damaged_shard_is_named_and_made_again(parts, tmp_path):
         EncodedStore(tmp_path).row(3)
 
 
+def _flipped(path, at, bit):
+    data = bytearray(path.read_bytes())
+    data[at] ^= 1 << bit
+    path.write_bytes(data)
+
+
+def test_a_flipped_bit_is_never_learned(parts, tmp_path):
+    "Wherever it is: in the numbers, in what says where they lie, in the header."
+    store = encode(clips(4), parts, tmp_path, buckets=SMALL, shard_size=4)
+    rows, path = [store.row(i) for i in range(4)], tmp_path / "9x64x96/00000.safetensors"
+    whole, rng = path.read_bytes(), np.random.default_rng(0)
+    begins = 8 + int.from_bytes(whole[:8], "little")
+    places = [*rng.integers(begins, len(whole), 60), *rng.integers(0, begins, 60), begins, len(whole) - 1]
+    noticed = {"header": 0, "numbers": 0}
+    for at in map(int, places):
+        path.write_bytes(whole)
+        _flipped(path, at, int(rng.integers(8)))
+        hurt, found = EncodedStore(tmp_path), 0
+        for i, row in enumerate(rows):
+            try:
+                mine = hurt.row(i)
+                assert equal(mine.mean, row.mean) and equal(mine.logvar, row.logvar) and equal(mine.text, row.text), f"byte {at} of {begins} + {len(whole) - begins}"
+            except CorruptWeights as err:
+                assert "00000.safetensors" in str(err) and "encode again" in str(err)
+                found += 1
+        noticed["numbers" if at >= begins else "header"] += found > 0
+    assert noticed["numbers"] == 62 and noticed["header"] > 0, noticed
+
+
+def test_training_ends_at_a_changed_shard_and_goes_on_when_it_is_encoded_again(parts, tmp_path):
+    data = clips(5)
+    before = list(Loader(encode(data, parts, tmp_path, buckets=SMALL, shard_size=2), batch=2, seed=0, prefetch=0))
+    path = tmp_path / "9x64x96/00001.safetensors"
+    size = path.stat().st_size
+    for at in range(size - 4000, size, 7):
+        _flipped(path, at, 3)
+    assert path.stat().st_size == size
+    with pytest.raises(CorruptWeights, match="00001.*has changed.*delete the file and encode again"):
+        list(Loader(encode(data, parts, tmp_path, buckets=SMALL), batch=2, seed=0, prefetch=0))
+    path.unlink()
+    after = list(Loader(encode(data, parts, tmp_path, buckets=SMALL), batch=2, seed=0, prefetch=0))
+    assert [b.keys for b in after] == [b.keys for b in before] and all(torch.equal(a.z_BFCHW, b.z_BFCHW) for a, b in zip(after, before, strict=True))
+
+
+def test_shards_without_checksums_are_read_as_before(parts, tmp_path):
+    from safetensors import safe_open
+    from safetensors.torch import load_file, save_file
+
+    store = encode(clips(2), parts, tmp_path, buckets=SMALL)
+    row, path = store.row(1), tmp_path / "9x64x96/00000.safetensors"
+    tensors = load_file(path)
+    with safe_open(path, "pt") as file:
+        said = file.metadata()
+    assert said.pop("sha256")
+    save_file(tensors, path, metadata=said)
+    assert torch.equal(encode(clips(2), parts, tmp_path, buckets=SMALL).row(1).mean, row.mean)
+
+
 # ── bad input ────────────────────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 def test_bad_samples_are_listed_never_fatal(parts, tmp_path):

@@ -658,7 +658,18 @@ def test_films_and_report_are_told_and_a_repeated_step_replaces_its_films(tmp_pa
     assert heard == ["before-0.mp4", "step000002-0.mp4", "step-00000002", "after-0.mp4", adapters.FILE, "report.html"]
     page = (run.path / "artifacts/report.html").read_text()
     assert page.count("<img") == 2 and f"{done.after['loss/mean']:.4g}" in page and "world:12" in page
+    assert done.before.keys() == done.after.keys() > {"loss/mean", "oracle", "temporal_stability"}  # nobody named a metric
     assert len((run.path / "metrics.csv").read_text().splitlines()) == 1 + len((run.path / "metrics.jsonl").read_text().splitlines())
+
+
+def test_what_judges_the_clips_of_a_run():
+    world, brand = ["a red circle moving right on a white background"], ["the yellow circle of Ell"]
+    assert trainer.yardsticks(Recipe(data="world:8"), world) == ("temporal_stability,oracle,clip_score@world", None)
+    names, mark = trainer.yardsticks(Recipe(data="brand:8"), brand)
+    assert "brand_score" in names.split(",") and "oracle" not in names and mark.name == "Ell"
+    assert trainer.yardsticks(Recipe(data="world:8", metrics="oracle"), world)[0] == "oracle" and trainer.yardsticks(Recipe(data="world:8", metrics="none"), world)[0] == ""
+    with pytest.raises(ValueError, match="needs a brand file"):
+        trainer.check_metrics(*trainer.yardsticks(Recipe(data="world:8", metrics="brand_score"), []))
 
 
 def test_a_tracker_that_can_t_be_reached_is_a_warning(tmp_path):
@@ -863,7 +874,80 @@ def test_twenty_kills(tmp_path):
         assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
+# learning on from an adapter
+
+@pytest.fixture(scope="module")
+def onward(tmp_path_factory, whole):
+    "A run that learns on from another one's adapter, on other data."
+    facts = TINY | dict(data="world:10", init_adapter=str(whole.folder))
+    return trainer.train(Recipe(**facts), run=runs.Run.create("onward", {}, root=tmp_path_factory.mktemp("onward"), trackers=[]))
+
+
+def test_a_run_begins_where_the_adapter_of_its_recipe_stopped(whole, onward):
+    assert onward.before == whole.after and onward.after != onward.before
+    note = json.loads((onward.run.path / trainer.IDENTITY).read_text())
+    assert note["init_hash"] == whole.adapter.hash == onward.run.manifest["init_hash"] == adapters.read_adapter(onward.folder).made["init_hash"]
+    assert "init_hash" not in whole.adapter.made and "init_hash" not in whole.run.manifest
+
+
+def test_it_resumes_exactly_without_the_adapter_it_began_from(tmp_path, onward):
+    import shutil
+
+    from vidgen.progress import Canceled, Cancel
+
+    shutil.copytree(onward.training.recipe.init_adapter, tmp_path / "first")
+    r, cancel = Recipe(**TINY | dict(data="world:10", init_adapter=str(tmp_path / "first"))), Cancel()
+    run = runs.Run.create("stopped", {}, root=tmp_path, trackers=[])
+    with pytest.raises(Canceled):
+        trainer.train(r, run=run, cancel=cancel, told=lambda *_: cancel.cancel("enough"))
+    shutil.rmtree(tmp_path / "first")
+    done = trainer.train(r, run=run)
+    assert done.adapter.made["init_hash"] == onward.adapter.made["init_hash"]
+    for a, b in ((weights(onward.run.path), weights(run.path)), (load_file(onward.adapter.path), load_file(done.adapter.path))):
+        assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+    with pytest.raises(ValueError, match=r"init_adapter .* -> \. .*--force"):
+        trainer.train(config.recipe(r.to_dict() | {"init_adapter": ""}), run=run)
+
+
+@pytest.mark.parametrize("other, said", [(dict(rank=4), "has rank: 2, and the recipe rank: 4"), (dict(alpha=2.0), r"has alpha: 16.0, and the recipe alpha: 2.0"),
+                                         (dict(targets="attn1.to_q"), "has targets: attn1.to_k, .*, and the recipe targets: attn1.to_q:"), (dict(model="shapes-i2v"), "trained on shapes-t2v, not on shapes-i2v")])
+def test_an_adapter_that_does_not_fit_is_not_learned_on_from(tmp_path, whole, other, said):
+    r = Recipe(**TINY | dict(init_adapter=str(whole.folder)) | other)
+    with pytest.raises(ValueError, match=said):
+        trainer.started(r, trainer.built(r), tmp_path)
+
+
+def test_the_adapter_to_begin_from_is_there_and_stays_the_same(tmp_path, whole):
+    r = Recipe(**TINY | dict(init_adapter=str(whole.folder)))
+    (tmp_path / trainer.IDENTITY).write_text(json.dumps({"init_hash": "e" * 64}))  # begun, and killed before its first checkpoint
+    with pytest.raises(ValueError, match="has changed since .* start a new run"):
+        trainer.started(r, trainer.built(r), tmp_path)
+    with pytest.raises(FileNotFoundError, match="no registered adapter"):
+        adapters.start_from(trainer.built(r), tmp_path / "nowhere")
+    spoilt = {k: v / 0 for k, v in load_file(whole.adapter.path).items()}
+    adapters.save_adapter(trainer.built(r), tmp_path / "spoilt", weights=spoilt)
+    with pytest.raises(CorruptWeights, match="NaN or infinite"):
+        adapters.start_from(trainer.built(r), tmp_path / "spoilt")
+    with pytest.raises(ValueError, match="init_adapter begins an adapter"):
+        Recipe(**TINY | dict(init_adapter="x", method="full"))
+
+
 # commands
+
+@pytest.mark.parametrize("word, said", [("rnak", "nearest: rank"), ("learning_rat", "nearest: lr, which others call learning_rate"), ("zzz", "unknown key of a recipe 'zzz'")])
+def test_a_set_nobody_knows_names_the_nearest_and_where_all_are(tmp_path, capsys, word, said):
+    from vidgen.cli import main
+
+    (tmp_path / "a.yaml").write_text("data: world:8\n")
+    for form in (["--set", f"{word}=1"], ["--set", word, "1"]):
+        assert main(["train", str(tmp_path / "a.yaml"), *form]) == 2
+        err = " ".join(capsys.readouterr().err.split())
+        assert said in err and "`vidgen train --check`" in err, err
+    assert main(["train", "--check"]) == 0
+    assert json.loads(capsys.readouterr().out) == Recipe().to_dict()
+    assert main(["train", "--check", "--set", "rank", "3"]) == 0 and '"rank": 3' in capsys.readouterr().out
+    assert main(["train", "--resume", str(tmp_path), "--check"]) == 2 and "training.json" in capsys.readouterr().err
+
 
 def test_validate_and_adapter_commands(tmp_path, whole, monkeypatch, capsys):
     from vidgen.cli import main

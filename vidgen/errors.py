@@ -24,7 +24,7 @@ def nearest(
     return [known[o] for o in (like + part)[:n]]
 
 # %% ../nbs/08_errors.ipynb #5de1a0e4
-_LISTED = {"model": "`vidgen models`"}  # where all options of a kind can be seen
+_LISTED = {"model": "`vidgen models`", "key of a recipe": "`vidgen train --check`"}  # where all options of a kind can be seen
 
 
 def unknown(

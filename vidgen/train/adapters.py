@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FILE', 'SPELLED', 'FUSED', 'FORMATS', 'Adapter', 'adapter_file', 'read_adapter', 'base_hash', 'tensors',
-           'save_adapter', 'check_base', 'original', 'respelled', 'export_adapter', 'merge', 'shelf', 'register',
-           'registered', 'named']
+           'save_adapter', 'check_base', 'start_from', 'original', 'respelled', 'export_adapter', 'merge', 'shelf',
+           'register', 'registered', 'named']
 
 # %% ../../nbs/50_train/56_adapters.ipynb #b18e93cb
 import json
@@ -119,6 +119,36 @@ def check_base(gen, path: str | Path, *, force: bool = False) -> Adapter:
     else:
         why = f"it was trained on {found.base} with other weights (transformer {found.base_hash[:8]}, here {here[:8]}): another version, or one that was trained further"
     raise ValueError(f"{found.path.name} of {found.path.parent.name} doesn't fit: {why}")
+
+# %% ../../nbs/50_train/56_adapters.ipynb #50becea8
+def start_from(
+    gen,                      # the Generator the new adapter is attached to
+    path: str | Path,         # a saved one: file, folder, registered name, or s3://…
+    *,
+    name: str = "default",    # of the new one
+) -> Adapter:
+    "Give an attached adapter the weights of a saved one; returns what that says of itself. Errors: ValueError for another base, rank, alpha or other layers, with what would fit; FileNotFoundError, CorruptWeights."
+    from peft import set_peft_model_state_dict
+    from safetensors.torch import load_file
+
+    from vidgen.generate.adapters import file_of
+
+    found = check_base(gen, checked(file_of(at_hand(path))))
+    saved, mine, config = load_file(found.path), tensors(gen, name), gen.parts.transformer.peft_config[name]
+    if other := _unlike(found, saved, mine, config):
+        here, there = ("; ".join(f"{k}: {pair[i]}" for k, pair in other.items()) for i in (0, 1))
+        raise ValueError(f"the adapter {path} has {there}, and the recipe {here}: to learn on from it, give the recipe the adapter's values")
+    set_peft_model_state_dict(gen.parts.transformer, {k.removeprefix("transformer."): v for k, v in saved.items()}, adapter_name=name)
+    return found
+
+
+def _unlike(found: Adapter, saved: dict, mine: dict, config) -> dict[str, tuple]:
+    "Key of a recipe -> (what it says, what the saved adapter has)."
+    ends = lambda names: ", ".join(dict.fromkeys(re.sub(r"^transformer\.(\w+\.\d+\.)?(.+)\.lora_[AB]\.weight$", r"\2", n) for n in names))
+    alphas = sorted(set(found.alphas.values()))
+    other = {"targets": (ends(mine), ends(saved))} if saved.keys() != mine.keys() else {}
+    other |= {"rank": (config.r, found.rank)} if config.r != found.rank else {}
+    return other | ({"alpha": (config.lora_alpha, ", ".join(map(str, alphas)))} if alphas and alphas != [config.lora_alpha] else {})
 
 # %% ../../nbs/50_train/56_adapters.ipynb #91049b4d
 _WAN = {"attn1.": "self_attn.", "attn2.": "cross_attn.", "add_k_proj": "k_img", "add_v_proj": "v_img", "to_out.0": "o", "to_q": "q", "to_k": "k", "to_v": "v", "ffn.net.0.proj": "ffn.0", "ffn.net.2": "ffn.2"}

@@ -24,7 +24,7 @@ def train(
     ray_workers: Annotated[int, typer.Option("--ray-workers", help="Train on a Ray cluster with so many workers.", min=0, show_default=False)] = 0,
     ray_address: Annotated[str, typer.Option("--ray-address", help="Of the cluster, or auto.", show_default="one of this machine")] = "",
     restarts: Annotated[int, typer.Option("--restarts", help="With Ray: how often lost workers are started again.", min=0)] = 3,
-    check: Annotated[bool, typer.Option("--check", help="Print the recipe and stop.")] = False,
+    check: Annotated[bool, typer.Option("--check", help="Print the recipe and stop; without a file that of the defaults, which has every key.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> int:
     "Train an adapter or a model by a recipe. Status 75: stopped after a checkpoint, run it again with --resume."
@@ -32,12 +32,12 @@ def train(
     from vidgen.progress import Cancel, asked_to_stop
     from vidgen.train import config
 
-    if (file is None) == (resume is None):
-        raise ValueError("give a recipe or --resume RUN, one of them: vidgen train experiments/030_lora_brand/params/cpu.yaml")
     given = config.assignments(change or [])
-    if check and file:
-        print(json.dumps(config.read_recipe(file, given).to_dict(), indent=1))
+    if check and not resume:
+        print(json.dumps((config.read_recipe(file, given) if file else config.recipe(given)).to_dict(), indent=1))
         return 0
+    if (file is None) == (resume is None) or check:
+        raise ValueError("give a recipe or --resume RUN, one of them: vidgen train experiments/030_lora_brand/params/cpu.yaml (--check is for a recipe; that of a run is in its training.json)")
     cancel, made = Cancel(), []
     with asked_to_stop(cancel):
         try:

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-from ..errors import unknown
+from ..errors import nearest, unknown
 from ..space import mapping
 
 # %% ../../nbs/50_train/53_config.ipynb #1557f43d
@@ -37,6 +37,7 @@ class _Fields:
     targets: tuple = ()                # endings of the layers an adapter wraps; (): those of the family
     rank: int = 16
     alpha: float = 16.0
+    init_adapter: str = ""             # a saved adapter to learn on from: a file or folder, a registered name, s3://…; "": a new one
     freeze: tuple = ()                 # full: patterns of weights that stay, such as patch_embed.*
     objective: str = "auto"            # the family's own
     timesteps: str = "uniform"         # how noise levels are drawn
@@ -76,8 +77,8 @@ class _Fields:
     patience: int = 0                  # validations without a better loss before it stops; 0: never
     prompts: int = 4                   # clips made with fixed seeds, of held captions
     inference_steps: int = 0           # for those clips; 0: the model's own
-    metrics: str = ""                  # names of `vidgen metrics` that judge them
-    brand: str = ""                    # a brand file, for the metrics that need one
+    metrics: str = ""                  # names of `vidgen metrics` that judge them; "": those that suit the prompts; none: none
+    brand: str = ""                    # a brand file, for the metrics that need one; "": that of brand:N, where this is the data
     trackers: str = ""                 # wandb, mlflow: beside the files of the run
     store: str = ""                    # s3://bucket/prefix, or a folder: the run is copied there at every checkpoint
 
@@ -127,6 +128,8 @@ class Recipe(_Fields):
             raise ValueError(f"{wrong[0]} is above 0, not {getattr(self, wrong[0])}")
         if self.freeze and self.method == "lora":
             raise ValueError("freeze chooses weights of a full training; an adapter leaves all of them alone: choose its layers by targets, or method: full")
+        if self.init_adapter and self.method != "lora":
+            raise ValueError("init_adapter begins an adapter; a full training begins from a model, which vidgen adapter export --format merged makes of an adapter")
         if self.storage == "fp8" and (self.method != "lora" or self.strategy != "ddp"):
             raise ValueError("storage: fp8 is for weights that are frozen and whole: method: lora with strategy: ddp")
         if self.precision == "fp16" and self.strategy != "ddp":
@@ -138,7 +141,16 @@ class Recipe(_Fields):
 
 # %% ../../nbs/50_train/53_config.ipynb #fa84bb7b
 ELSEWHERE = {"learning_rate": "lr", "lr_scheduler": "schedule", "lr_warmup_steps": "warmup", "max_train_steps": "steps", "num_steps": "steps", "train_batch_size": "batch", "batch_size": "batch", "lora_rank": "rank", "lora_alpha": "alpha",
-             "gradient_accumulation_steps": "accumulate", "gradient_checkpointing": "checkpointing", "max_grad_norm": "clip", "mixed_precision": "precision", "dataset": "data", "target_modules": "targets", "ema_decay": "ema"}  # other programs' words
+             "gradient_accumulation_steps": "accumulate", "gradient_checkpointing": "checkpointing", "max_grad_norm": "clip", "mixed_precision": "precision", "dataset": "data", "target_modules": "targets", "ema_decay": "ema", "network_weights": "init_adapter"}  # other programs' words
+
+
+def _stranger(word: str, known: list[str]) -> ValueError:
+    "Refuse a key nobody knows with the nearest one, also by way of other programs' words."
+    if word in ELSEWHERE:
+        return ValueError(f"unknown key {word!r}; here it is called {ELSEWHERE[word]}")
+    if not nearest(word, known) and (like := nearest(word, ELSEWHERE, 1)):
+        return ValueError(f"unknown key {word!r}; nearest: {ELSEWHERE[like[0]]}, which others call {like[0]}; all: `vidgen train --check`")
+    return unknown("key of a recipe", word, known)
 
 
 def recipe(facts: Mapping, where: str = "") -> Recipe:
@@ -146,7 +158,7 @@ def recipe(facts: Mapping, where: str = "") -> Recipe:
     known = [f.name for f in fields(_Fields)]
     try:
         if wrong := [k for k in facts if k not in known]:
-            raise ValueError(f"unknown key {wrong[0]!r}; here it is called {ELSEWHERE[wrong[0]]}") if wrong[0] in ELSEWHERE else unknown("key", wrong[0], known)
+            raise _stranger(wrong[0], known)
         return Recipe(**facts)
     except (ValueError, TypeError) as err:
         raise type(err)(f"{where}: {err}" if where else str(err)) from None

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['SAMPLE_SEED', 'IDENTITY', 'clip_generators', 'Learner', 'here', 'noisy', 'arithmetic', 'Data', 'manifests',
-           'prepared', 'replays', 'Feed', 'together', 'loop_config', 'Training', 'identity', 'same_run', 'redealt',
-           'forget_after', 'built', 'begun', 'restored', 'Trained', 'unsliced', 'finished', 'listeners', 'created',
-           'reopened', 'train']
+           'prepared', 'replays', 'Feed', 'together', 'yardsticks', 'loop_config', 'Training', 'identity', 'same_run',
+           'redealt', 'forget_after', 'built', 'started', 'begun', 'restored', 'Trained', 'unsliced', 'finished',
+           'listeners', 'created', 'reopened', 'train']
 
 # %% ../../nbs/50_train/55_trainer.ipynb #f33bbcbb
 import hashlib
@@ -32,14 +32,14 @@ from ..errors import unknown
 from ..progress import Cancel, ProgressFn, bar
 from ..store import atomic_write, open_store
 from . import lora
-from .adapters import Adapter, base_hash, save_adapter
+from .adapters import Adapter, base_hash, save_adapter, start_from
 from .config import Recipe, differences, recipe
 from .loop import Alone, Shelf, State, TrainConfig, fit, halt, load_state, record, whole
 from .objective import Objective, held_errors, held_means, losses, objective
 from .team import collected, dealt
 from .report import write_report
 from .thrift import offloadable, store
-from .validate import check_metrics, improved, lent, measure, samples
+from .validate import check_metrics, improved, lent, measure, samples, suited
 
 # %% ../../nbs/50_train/55_trainer.ipynb #886a4ab0
 def clip_generators(seed: int, keys: tuple[str, ...]) -> list[torch.Generator]:
@@ -174,6 +174,14 @@ def together(batches: list[Batch]) -> Batch:
 
     return Batch(cat([b.z_BFCHW for b in batches]), cat([b.text for b in batches]), cat([b.image_B1CHW for b in batches]), sum((b.keys for b in batches), ()), batches[0].position, batches[0].bucket)
 
+# %% ../../nbs/50_train/55_trainer.ipynb #6f73ed61
+def yardsticks(r: Recipe, prompts: list[str]) -> tuple[str, object]:
+    "(names of metrics, brand or None) that judge a run's clips: the recipe's, or those that suit its prompts."
+    from vidgen.data.brand import world_brand
+
+    brand = r.brand or (world_brand() if r.data.startswith("brand:") else None)
+    return ("" if r.metrics == "none" else r.metrics or suited(prompts, brand)[0]), brand
+
 # %% ../../nbs/50_train/55_trainer.ipynb #c90bad05
 def loop_config(r: Recipe) -> TrainConfig:
     "The part of a recipe that the loop reads."
@@ -229,7 +237,8 @@ class Training:
             return made, {}
         for i, clip in enumerate(made):
             self.run.save_clip(f"{when}-{i}", clip, overwrite=True)
-        return made, measure(made, prompts, self.recipe.metrics, brand=self.recipe.brand or None)
+        metrics, brand = yardsticks(self.recipe, prompts)
+        return made, measure(made, prompts, metrics, brand=brand)
 
     def made(self, prompts: list[str], seeds: list[int]) -> list:
         "A clip for each prompt, of the model as it is; from the first frame of the prompt's held-out clip where the model needs one."
@@ -335,18 +344,33 @@ def built(r: Recipe, device: str = ""):
     return gen
 
 
+def started(r: Recipe, gen, folder: Path) -> dict:
+    "Give a new adapter the weights of the recipe's `init_adapter`, which a checkpoint already has; {init_hash: of that adapter}, or nothing. ValueError for one that doesn't fit, or is another than the run was begun from."
+    if not r.init_adapter:
+        return {}
+    note = folder / IDENTITY
+    known = json.loads(note.read_text()).get("init_hash") if note.exists() else None
+    if known and Shelf(folder / "checkpoints", r.keep).last:
+        return {"init_hash": known}
+    found = start_from(gen, r.init_adapter).hash
+    if known and known != found:
+        raise ValueError(f"{r.init_adapter} has changed since {folder} was begun from it ({known[:8]} -> {found[:8]}), and there is no checkpoint yet: start a new run")
+    return {"init_hash": found}
+
+
 def begun(r: Recipe, run, *, progress: ProgressFn | None = None, cancel: Cancel | None = None, force: bool = False, team=Alone()) -> Training:
     "Load, encode, share the model out, and restore the last checkpoint if there is one. Errors: ValueError for what can't be trained or resumed."
-    check_metrics(r.metrics, r.brand or None)
+    check_metrics(*yardsticks(r, []))
     _same_recipe(r, run.path, force)
     r = r if force else redealt(r, run.path, team.size)
     gen = built(r)
+    origin = started(r, gen, run.path)
     if team.rank:
         team.wait()
     data = prepared(r, gen, Path(r.encoded).expanduser() if r.encoded else run.path / "encoded", progress=progress, cancel=cancel)
     if not team.rank:
         team.wait()
-    now, (mine, _, share) = identity(r, gen, data, team), lora.trainable(gen.parts.transformer)
+    now, (mine, _, share) = identity(r, gen, data, team) | origin, lora.trainable(gen.parts.transformer)
     lora.checkpoint(gen.parts, r.checkpointing)
     for block in lora.blocks(gen.parts) if r.compile else []:
         block.compile()
@@ -382,7 +406,7 @@ def _noted(run, now: dict, state: State) -> None:
     "What the run is, into its folder; what it logged beyond its state, out of it."
     forget_after(run.path, state.step)
     (run.path / IDENTITY).write_text(json.dumps(now, indent=1))
-    run.record(model_hash=now["model_hash"], data_hash=now["data_hash"], precision=now["recipe"]["precision"])
+    run.record(model_hash=now["model_hash"], data_hash=now["data_hash"], precision=now["recipe"]["precision"], **{k: now[k] for k in ("init_hash",) if k in now})
 
 # %% ../../nbs/50_train/55_trainer.ipynb #4e27bee8
 @dataclass(frozen=True)
@@ -434,7 +458,8 @@ def finished(it: Training) -> Trained | None:
     if not (gen := unsliced(it)):
         return None
     it.gen = gen
-    facts = dict(data_hash=it.data.hash, made={"run": run.path.name, "steps": state.step, "before": before, "after": after}, licence=it.gen.entry.licence)
+    origin = {k: v for k, v in json.loads((run.path / IDENTITY).read_text()).items() if k == "init_hash"}
+    facts = dict(data_hash=it.data.hash, made={"run": run.path.name, "steps": state.step, "before": before, "after": after} | origin, licence=it.gen.entry.licence)
     folder = run.path / ("adapter" if r.method == "lora" else "model")
     adapter = save_adapter(it.gen, folder, **facts) if r.method == "lora" else _whole(it, folder, facts)
     record(state, run, "after", None, **after)
