@@ -239,7 +239,7 @@ class Closing(Exception):
         super().__init__(reason)
         self.code = code
 
-
+# %% ../../nbs/70_serve/783_progress.ipynb #ec962f31
 class Talk:
     "One WebSocket: `receive()` and `send(dict)` are coroutines, `allowed(job)` says whether the caller may see a job, `still()` whether they may listen any more."
 

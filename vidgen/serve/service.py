@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['MOST_STEPS', 'MOST_PROMPT', 'MOST_BATCH', 'Text', 'Frames', 'Size', 'Rate', 'FORM_NUMBERS', 'MOST_NAME', 'Bound',
-           'Options', 'Prompted', 'Generation', 'from_form', 'checked', 'body', 'documented', 'model', 'check_spec',
-           'within', 'made_frames', 'adapters', 'problem', 'needs', 'used_seconds', 'waiting', 'Service', 'database',
-           'filename', 'artifact', 'gone', 'send_file', 'upload', 'wait', 'preference']
+           'Options', 'Prompted', 'Generation', 'from_form', 'checked', 'body', 'documented', 'model', 'within',
+           'check_spec', 'made_frames', 'adapters', 'problem', 'needs', 'used_seconds', 'waiting', 'database',
+           'Service', 'filename', 'artifact', 'gone', 'send_file', 'upload', 'wait', 'preference']
 
 # %% ../../nbs/70_serve/780_service.ipynb #ccf478e4
 import asyncio
@@ -180,6 +180,25 @@ def model(name: str):
     return _model(name, int(time.time() // 60))[:2]
 
 
+
+# %% ../../nbs/70_serve/780_service.ipynb #5335b20f
+def _check_most(entry, rules, size: dict, megapixels: float, enlarge: float) -> None:
+    own = prod(getattr(entry, k) for k in size)
+    if prod(size.values()) > (most := min(megapixels * 1e6, enlarge * own)):
+        limit = f"{megapixels:g} million pixels" if most < enlarge * own else f"{enlarge:g} times the {entry.num_frames} frames of {entry.width} x {entry.height} that {entry.name} is made for"
+        less = within(most, rules.multiple, **size) if not rules.only else None
+        said = "{num_frames} frames of {width} x {height} are more than this service makes".format(**size) + f": at most {limit}"
+        raise Problem(422, "too_much", said + (f"; so many frames fit with {less[1]} x {less[0]}" if less else ""))
+
+
+def within(most: float, multiple: int, num_frames: int, height: int, width: int) -> tuple[int, int] | None:
+    "The largest (height, width) of about this shape whose frames together have at most so many pixels; None if not even the smallest fits."
+    scale = min(1.0, sqrt(most / (num_frames * height * width)))
+    short, long = (max(multiple, int(scale * side) // multiple * multiple) for side in sorted((height, width)))
+    long = min(long, int(most / (num_frames * short)) // multiple * multiple)
+    return None if not long else (short, long) if height <= width else (long, short)
+
+# %% ../../nbs/70_serve/780_service.ipynb #cf22657c
 def check_spec(
     spec: dict,
     default: str,             # the model where none is named
@@ -206,23 +225,6 @@ def check_spec(
     _check_adapter(spec.get("adapter"), root)
     _check_cache(spec.get("cache"))
     return spec | {"model": name}
-
-
-def _check_most(entry, rules, size: dict, megapixels: float, enlarge: float) -> None:
-    own = prod(getattr(entry, k) for k in size)
-    if prod(size.values()) > (most := min(megapixels * 1e6, enlarge * own)):
-        limit = f"{megapixels:g} million pixels" if most < enlarge * own else f"{enlarge:g} times the {entry.num_frames} frames of {entry.width} x {entry.height} that {entry.name} is made for"
-        less = within(most, rules.multiple, **size) if not rules.only else None
-        said = "{num_frames} frames of {width} x {height} are more than this service makes".format(**size) + f": at most {limit}"
-        raise Problem(422, "too_much", said + (f"; so many frames fit with {less[1]} x {less[0]}" if less else ""))
-
-
-def within(most: float, multiple: int, num_frames: int, height: int, width: int) -> tuple[int, int] | None:
-    "The largest (height, width) of about this shape whose frames together have at most so many pixels; None if not even the smallest fits."
-    scale = min(1.0, sqrt(most / (num_frames * height * width)))
-    short, long = (max(multiple, int(scale * side) // multiple * multiple) for side in sorted((height, width)))
-    long = min(long, int(most / (num_frames * short)) // multiple * multiple)
-    return None if not long else (short, long) if height <= width else (long, short)
 
 
 def made_frames(rules, asked: int) -> int:
@@ -309,6 +311,13 @@ def waiting(jobs, most: int) -> int:
     "How many jobs are queued that somebody waits for, counted up to `most`: asked with every submission, so it must not grow with the table."
     with jobs.reading() as ledger:
         return requests.waiting(ledger, most)
+
+# %% ../../nbs/70_serve/780_service.ipynb #5cdeed87
+def database(settings: Settings) -> str:
+    "The address of the database; a relative SQLite file counts from the folder of the settings."
+    url = settings.database.url
+    relative = url.startswith("sqlite:///") and not url.startswith("sqlite:////")
+    return f"sqlite:///{settings.root / url.removeprefix('sqlite:///')}" if relative else url
 
 # %% ../../nbs/70_serve/780_service.ipynb #6bdf04c8
 @dataclass
@@ -408,13 +417,6 @@ class Service:
         most = self.settings.serve.device_seconds_per_day
         if most and (used := used_seconds(self.jobs, who.owner)) >= most:
             raise Problem(429, "quota_spent", f"{used:.0f} of {most:.0f} seconds of computing are used; the first come back within a day", after=3600)
-
-
-def database(settings: Settings) -> str:
-    "The address of the database; a relative SQLite file counts from the folder of the settings."
-    url = settings.database.url
-    relative = url.startswith("sqlite:///") and not url.startswith("sqlite:////")
-    return f"sqlite:///{settings.root / url.removeprefix('sqlite:///')}" if relative else url
 
 # %% ../../nbs/70_serve/780_service.ipynb #92e61794
 MOST_NAME = 48  # characters of the prompt in a file's name: with the rest at most 255 bytes in any script
