@@ -19,6 +19,14 @@ def browser():
         made.close()
 
 
+@pytest.fixture(autouse=True)
+def closed(browser):
+    "No page stays open behind its test: each plays a film, for ever."
+    yield
+    for context in browser.contexts:
+        context.close()
+
+
 @pytest.fixture(scope="module")
 def film(tmp_path_factory):
     import numpy as np
