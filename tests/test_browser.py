@@ -19,6 +19,14 @@ def browser():
         made.close()
 
 
+@pytest.fixture(autouse=True)
+def closed(browser):
+    "No page stays open behind its test: each plays a film, for ever."
+    yield
+    for context in browser.contexts:
+        context.close()
+
+
 @pytest.fixture(scope="module")
 def film(tmp_path_factory):
     import numpy as np
@@ -87,8 +95,10 @@ def until(page, expression, seconds=30):
         time.sleep(0.05)
 
 
-def visit(browser, address, **how):
+def visit(browser, address, key="", **how):
     context = browser.new_context(**how)
+    if key:
+        context.add_init_script(f"sessionStorage.setItem('key', '{key}')")
     page = context.new_page()
     page.trouble = []
     page.on("console", lambda m: m.type == "error" and page.trouble.append(m.text))
@@ -439,6 +449,24 @@ def test_what_was_asked_for_elsewhere_is_there_on_coming_back(browser, service, 
         assert page.locator("#history li").count() == 1  # a page of clips
 
 
+def handed(service, owner="ada"):
+    "Give everything to an owner; how that one visits."
+    with service.jobs.writing() as ledger:
+        for table in (ledger.t.job, ledger.t.artifact):
+            ledger.run(table.update().values(owner=owner))
+    return {"key": service.keys.create(owner)[0]}
+
+
+def test_a_download_is_never_the_former_clip(browser, service, film):
+    first, second = (finished(service, film, prompt) for prompt in ("the first", "the second"))
+    given = handed(service)
+    with served(service) as address:
+        page = visit(browser, address, **given)
+        until(page, "document.querySelector('#download').hasAttribute('href')")
+        assert page.evaluate(f"show('{first.id}'); document.querySelector('#download').getAttribute('href')") is None  # its own is still on the way
+        until(page, f"document.querySelector('#download').download.includes('the-first-{first.id[-6:]}')")
+
+
 @pytest.mark.parametrize("prompt, name", [("夕日の海, slowly!", "夕日の海-slowly"), ("../../etc/passwd", "etc-passwd"), ("?!", "clip")])
 def test_a_download_has_a_readable_name_with_a_key_too(browser, service, film, tmp_path, prompt, name):
     job = finished(service, film, prompt)
@@ -448,26 +476,22 @@ def test_a_download_has_a_readable_name_with_a_key_too(browser, service, film, t
         with page.expect_download() as got:
             page.click("#download")
         assert got.value.suggested_filename == f"{name}-{job.id[-6:]}.mp4"
-    key, _ = service.keys.create("ada")
-    with service.jobs.writing() as ledger:
-        for table in (ledger.t.job, ledger.t.artifact):
-            ledger.run(table.update().values(owner="ada"))
+    given = handed(service)
     with served(service) as address:
-        context = browser.new_context()
-        context.add_init_script(f"sessionStorage.setItem('key', '{key}')")
-        page = context.new_page()
-        page.goto(address)
+        page = visit(browser, address, **given)
         until(page, "document.querySelector('#download').href.startsWith('blob:')")
         with page.expect_download() as got:
             page.click("#download")
         assert got.value.suggested_filename == f"{name}-{job.id[-6:]}.mp4"
 
 
-def test_a_film_whose_time_is_over_says_so(browser, service, film):
+@pytest.mark.parametrize("keyed", [False, True])
+def test_a_film_whose_time_is_over_says_so(browser, service, film, keyed):
     job = finished(service, film)
     service.jobs.artifacts(job.id)[0].path.unlink()
+    given = handed(service) if keyed else {}
     with served(service) as address:
-        page = visit(browser, address)
+        page = visit(browser, address, **given)
         until(page, "document.querySelector('#message').textContent.includes('is gone')")
         assert not page.is_visible("#player") and not page.is_visible("#download") and page.is_visible("#again")
 

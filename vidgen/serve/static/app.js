@@ -245,6 +245,7 @@ function show(id) {
   const before = shown;
   shown = id;
   $("forget").textContent = "Delete";
+  $("download").removeAttribute("href");  // it was the former clip's
   if (before && before !== id && jobs.has(before)) draw(before);
   $("player").hidden = $("preview").hidden = true;
   $("player").removeAttribute("src");
