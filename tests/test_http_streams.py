@@ -149,6 +149,44 @@ def test_a_websocket_on_a_job_of_which_all_is_told_ends(service):
         assert asyncio.run(listen()) == ([], 1000, "the job has ended")
 
 
+def test_a_number_no_event_has_yet_is_the_last_one_there_is(service):
+    "Who comes back with a number of another life hears all that is new, and the end."
+    job, other = (service.jobs.submit("noop", {}) for _ in range(2))
+
+    async def listen(address):
+        async with websockets.connect(f"ws{address[4:]}/v1/jobs/{job.id}/ws?after=500") as socket, httpx.AsyncClient(timeout=20) as http:
+            headers = {"accept": "text/event-stream"}
+            async with (http.stream("GET", f"{address}/v1/jobs/{job.id}/events", headers=headers | {"Last-Event-ID": "500"}) as one,
+                        http.stream("GET", f"{address}/v1/events?jobs={job.id},{other.id}", headers=headers | {"Last-Event-ID": "500,500"}) as both):
+                words = both.aiter_lines()
+                assert await anext(words) == "retry: 3000"
+                await asyncio.to_thread(finish, service)
+                found, code, reason = await heard(socket)
+                ids = [line[4:] async for line in one.aiter_lines() if line.startswith("id: ")]
+                async for line in words:
+                    if line.startswith("id: "):
+                        return [m["type"] for m in found], code, reason, ids, line[4:]
+    with served(service) as address:
+        types, code, reason, ids, first = asyncio.run(asyncio.wait_for(listen(address), 30))
+    seqs = [e.seq for e in service.jobs.events(job.id)]
+    assert (types[-1], code, reason) == ("succeeded", 1000, "the job has ended") and ids == [str(n) for n in seqs[1:]] and first == "2,1"
+
+
+@pytest.mark.parametrize("name", ["\ud800", "\U0001f600" * 40, "job_" + "x" * 200, "\0", "'; --"])
+def test_a_name_that_is_none_is_not_told_back(service, name):
+    async def talk(address):
+        async with websockets.connect(f"ws{address[4:]}/v1/ws") as socket:
+            await socket.send(json.dumps({"subscribe": [{"job": name}]}))
+            return await heard(socket)
+    with served(service) as address:
+        assert asyncio.run(talk(address)) == ([], 4404, "there is no such job")
+
+
+def test_a_reason_fits_into_a_close_frame():
+    said = str(progress.Closing(1000, "…" * 100 + "\ud800"))
+    assert said == "…" * 41 and len(said.encode()) == 123
+
+
 def test_who_joins_while_the_table_is_read_is_not_told_of_a_deleted_job(service, monkeypatch):
     one, two = (service.jobs.submit("noop", {}) for _ in range(2))
     latest, asked = service.jobs.latest, []

@@ -346,6 +346,72 @@ def test_serve_refuses_before_it_starts_anything(house):
             assert done.returncode == 2 and says in done.stderr, (words, done.stderr)
 
 
+VIDGEN = [sys.executable, "-c", "import sys; from vidgen.cli import main; sys.exit(main(sys.argv[1:]))"]
+JUNK = b"\x5a" * 4096
+
+
+def damage(file, first, last=None):
+    "Overwrite pages of a database, as a failing disk does."
+    with open(file, "r+b") as f:
+        count = file.stat().st_size // len(JUNK)
+        for n in range(first, count if last is None else last):
+            f.seek(n * len(JUNK))
+            f.write(JUNK)
+
+
+@pytest.mark.parametrize("pages", [(0, 1), (2, None), (-1, None)])
+def test_a_damaged_database_refuses_to_start_and_says_what_to_do(house, pages):
+    service = opened(house)
+    for _ in range(30):
+        service.jobs.submit("noop", {"echo": "x" * 2000})
+    service.jobs.close()
+    file = house / "vidgen.db"
+    first = pages[0] if pages[0] >= 0 else file.stat().st_size // len(JUNK) - 1  # the last page alone: found by the check and by nothing else
+    damage(file, first, pages[1])
+    for words in (("serve", "--port", "0"), *([("jobs", "list")] if pages[0] == 0 else [])):
+        done = subprocess.run([*VIDGEN, *words], cwd=house, capture_output=True, text=True, timeout=100)
+        assert done.returncode in (1, 2) and "damaged" in done.stderr and "backup" in done.stderr and "foreseen" not in done.stderr, done.stderr
+
+
+@contextlib.contextmanager
+def serving(folder):
+    "`vidgen serve` with one worker; yields (process, address)."
+    process = subprocess.Popen([*VIDGEN, "serve", "--port", "0", "--workers", "1", "--models", ""], cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    try:
+        yield process, process.stdout.readline().split()[3].rstrip(",")
+    finally:
+        process.send_signal(signal.SIGINT)
+        process.wait(60)
+
+
+def eventually(find, seconds=60):
+    "What `find()` returns once it is something."
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        with contextlib.suppress(OSError, httpx.HTTPError):
+            if found := find():
+                return found
+        time.sleep(0.1)
+    raise AssertionError("it did not happen")
+
+
+def test_a_service_logs_dead_workers_and_outlives_its_database(tmp_path):
+    settings(tmp_path, serve_logs="logs")
+    rows = lambda name, words: [r for line in (tmp_path / "logs" / name).read_text().splitlines() if words in (r := json.loads(line))["message"]]  # noqa: E731
+    with serving(tmp_path) as (process, address):
+        (born,) = eventually(lambda: rows("serve.service.log", "worker started"))
+        assert eventually(lambda: httpx.get(f"{address}/health").json()["workers"]) == 1 and httpx.get(f"{address}/health").json()["device"] in ("cpu", "cuda:0")
+        os.kill(int(born["message"].split()[-1]), signal.SIGKILL)
+        (died,) = eventually(lambda: rows("serve.errors.log", "worker died"))
+        assert died["message"] == "worker died by SIGKILL, holding no job" and died["worker"] == born["worker"]
+        for name in ("vidgen.db", "vidgen.db-wal"):
+            damage(tmp_path / name, 0)
+        eventually(lambda: httpx.get(f"{address}/health/ready").status_code == 503)
+        refused = httpx.post(f"{address}/v1/jobs", json={"kind": "noop", "spec": {}})
+        assert refused.status_code == 503 and "damaged" in refused.json()["detail"] and httpx.get(f"{address}/health/live").status_code == 200
+        assert process.poll() is None
+
+
 def zips(folder, megabytes, clients):
     "R18: a batch of eight sparse films of so many MB, fetched by clients of whom half give up; returns how much memory the server gained, in MB."
     import zipfile

@@ -27,8 +27,11 @@ def service(tmp_path):
     made.jobs.close()
 
 
+NAMES = r"(?:vidgen|pipeline|gpu|storage|active)_\w+"  # vidgen's own, and those S12 names
+
+
 def metric_names(text):
-    return set(re.findall(r"^(vidgen_\w+?)(?:\{| )", text, re.M))
+    return set(re.findall(rf"^({NAMES})(?:\{{| )", text, re.M))
 
 
 def test_metrics_count_what_the_table_says(service):
@@ -96,8 +99,74 @@ def test_the_memory_of_gpus_is_told_as_it_is_kept_account_of(service):
     assert found == {"total": 100, "reserved": 20, "resident": 30}
 
 
+def a_card(folder, monkeypatch, said):
+    "An nvidia-smi in front of all others, which says this."
+    (folder / "bin").mkdir(exist_ok=True)
+    (folder / "bin/nvidia-smi").write_text(f"#!/bin/sh\nprintf '{said}'\n")
+    (folder / "bin/nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder / 'bin'}:{__import__('os').environ['PATH']}")
+
+
+def test_the_metrics_that_dashboards_of_pipelines_expect(service, tmp_path, monkeypatch):
+    "S12 by name, of what clients asked for: a score is none of it."
+    from test_worker import settings
+
+    from vidgen.serve import requests
+    from vidgen.serve.pool import Pool
+    from vidgen.serve.worker import Worker
+
+    http = client(service)
+    value = lambda name: [float(v) for v in re.findall(rf"^{re.escape(name)} (\S+)$", http.get("/metrics").text, re.M)]  # noqa: E731
+    assert value("active_pipelines_count") == [0] and value("storage_used_bytes") == [0]
+    assert not re.search("^(pipeline_success_rate|gpu_utilization_percent)", http.get("/metrics").text, re.M), "nothing ended and no card: nothing is told, and not 0"
+    timed = lambda kind: [sum(value(f'pipeline_execution_time_seconds_{part}{{kind="{kind}"}}')) for part in ("count", "sum")]  # noqa: E731
+    before = timed("three"), timed("noop")
+    worker = Worker(service.jobs, settings(str(service.jobs.db.url), service.jobs.root, name="w"), Pool(None))
+    for n in range(3):
+        service.jobs.submit("three", {"n": n})
+        worker.once()
+    with service.jobs.writing() as ledger:
+        requests.follow(ledger, service.jobs.list()[0].id, "noop")
+    worker.once()
+    assert value('vidgen_jobs{kind="noop",state="succeeded"}') == [1]
+    assert timed("three")[0] == before[0][0] + 3 and timed("three")[1] > before[0][1] and timed("noop") == before[1]
+    service.jobs.submit("noop", {})
+    take(service).fail({"code": "x", "message": "y"}, retry=False)
+    service.jobs.submit("noop", {})
+    take(service)
+    assert value("pipeline_success_rate") == [0.75] and value("active_pipelines_count") == [1]
+    assert value("storage_used_bytes") == [service.jobs.statistics()["total_bytes"]] != [0]
+    with service.jobs.writing() as ledger:
+        ledger.run(ledger.t.job.update().where(ledger.t.job.c.state == "failed").values(finished_at=ledger.now - 2000))
+    assert value("pipeline_success_rate") == [1.0], "a failure of long ago"
+    a_card(tmp_path, monkeypatch, r"0, 37\n1, 92\n2, [N/A]\n")
+    assert value('gpu_utilization_percent{gpu="0"}') == [37] and value('gpu_utilization_percent{gpu="1"}') == [92] and not value('gpu_utilization_percent{gpu="2"}')
+    assert http.get("/health").json()["gpu_usage"] == 92
+
+
+def test_health_counts_what_clients_asked_for_and_names_the_device(service):
+    from vidgen.serve import requests
+
+    http = client(service)
+    assert http.get("/health").json()["device"] == "none"
+    job = service.jobs.submit("noop", {})
+    finish(service)
+    with service.jobs.writing() as ledger:
+        for kind in ("score", "noop", "three"):
+            requests.follow(ledger, job.id, kind)
+        for name in ("host/cuda:0", "host/cuda:1", "other/cuda:0"):
+            ledger.run(ledger.t.device.insert().values(name=name, total_mib=100, seen=ledger.now))
+        ledger.run(ledger.t.device.insert().values(name="gone/cpu", total_mib=100, seen=ledger.now - 100))
+    finish(service)
+    take(service).fail({"code": "x", "message": "y"}, retry=False)
+    take(service)
+    found = http.get("/health").json()
+    assert (found["completed_jobs"], found["failed_jobs"], found["active_jobs"], found["queue_depth"]) == (1, 0, 0, 0)
+    assert found["device"] == "cuda:0, cuda:1"
+
+
 def used(expressions):
-    return {n.removesuffix("_bucket") for e in expressions for n in re.findall(r"vidgen_\w+", e)}
+    return {re.sub("_(bucket|sum)$|(?<=seconds)_count$", "", n) for e in expressions for n in re.findall(rf"\b{NAMES}", e)}
 
 
 def test_rules_and_dashboard_speak_of_metrics_that_exist(service):
@@ -109,7 +178,7 @@ def test_rules_and_dashboard_speak_of_metrics_that_exist(service):
         there = {n.removesuffix("_bucket") for n in metric_names(http.get("/metrics").text)}
     rules = [r for g in yaml.safe_load((DEPLOY / "prometheus/vidgen.rules.yml").read_text())["groups"] for r in g["rules"]]
     board = json.loads((DEPLOY / "grafana/vidgen.json").read_text())
-    empty = {"vidgen_jobs", "vidgen_stage_seconds", "vidgen_gpu_mem_bytes"}  # no job yet, no GPU, no series
+    empty = {"vidgen_jobs", "vidgen_stage_seconds", "vidgen_gpu_mem_bytes", "pipeline_execution_time_seconds", "pipeline_success_rate", "gpu_utilization_percent"}  # no job yet, no GPU, no series
     assert not used(r["expr"] for r in rules) - there - empty
     assert not used(t["expr"] for p in board["panels"] for t in p["targets"]) - there - empty
     assert all(r["annotations"]["do"] and r["labels"]["severity"] for r in rules) and len({p["id"] for p in board["panels"]}) == len(board["panels"])

@@ -1,4 +1,5 @@
 """Workers that are killed, asleep, deaf or drained, and a supervisor that puts things right. What has `database` holds on SQLite and PostgreSQL."""
+import json
 import os
 import random
 import signal
@@ -6,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import asdict
 from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -18,6 +20,7 @@ from test_jobs import whole
 from vidgen.serve import lapse
 from vidgen.serve.jobs import Jobs
 from vidgen.serve.pool import Pool
+from vidgen.serve.records import Unavailable
 from vidgen.serve.supervisor import Slot, Supervisor, has_gpu, slots
 from vidgen.serve.worker import Settings, Worker
 
@@ -108,12 +111,12 @@ def service(space):
     "A supervisor with real worker processes, running in a thread."
     running = []
 
-    def start(count=1, **how):
+    def start(count=1, logs="", **how):
         os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys([str(Path(__file__).parent), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]))
         url, root = f"sqlite:///{space / 'vidgen.db'}", space / "files"
         jobs = Jobs.open(url, root, least_free_gib=0)
-        supervisor = Supervisor(jobs, settings(url, root), [Slot("cpu", "here/cpu", 8000)] * count, tick=0.02, **how)
-        thread = threading.Thread(target=supervisor.run)
+        supervisor = Supervisor(jobs, settings(url, root, logs=logs), [Slot("cpu", "here/cpu", 8000)] * count, tick=0.02, **how)
+        thread = supervisor.thread = threading.Thread(target=supervisor.run)
         thread.start()
         running.append((supervisor, thread, jobs))
         return jobs, supervisor
@@ -150,6 +153,50 @@ def test_a_supervisor_with_the_worst_of_jobs(service):
     until(lambda: jobs.get(patient.id).state == "queued", 90)
     assert [e.kind for e in jobs.events(patient.id)][-1] == "queued" and jobs.get(patient.id).attempt == 0, "SIGTERM hands the job back"
     assert set(whole(jobs)) == {"failed", "succeeded", "canceled", "queued"}
+
+
+def test_failed_jobs_and_dead_workers_are_in_the_log(service, space, caplog):
+    caplog.set_level("INFO", "vidgen.serve.supervisor")
+    jobs, supervisor = service(logs=str(space / "logs"))
+    wrong = jobs.submit("three", {})
+    until(lambda: jobs.get(wrong.id).ended)
+    (row,) = [json.loads(line) for line in (space / "logs/worker-0.errors.log").read_text().splitlines()]
+    assert (row["job_id"], row["level"]) == (wrong.id, "error") and row["worker"] == supervisor.posts[0].name and "KeyError: 'n'" in row["message"]
+    assert row["error"].startswith("Traceback") and "serve_kinds.py" in row["error"]
+    patient = jobs.submit("patient", {})
+    until(lambda: jobs.get(patient.id).state == "running")
+    name = supervisor.posts[0].name
+    supervisor.posts[0].process.kill()
+    until(lambda: jobs.get(patient.id).crash_count == 1)
+    until(lambda: any("died" in r.getMessage() for r in caplog.records))
+    (died,) = [r for r in caplog.records if "died" in r.getMessage()]
+    assert died.getMessage() == f"worker died by SIGKILL, holding {patient.id}" and (died.worker, died.job_id, died.levelname) == (name, patient.id, "ERROR")
+
+
+def test_a_worker_that_can_not_start_says_why_in_its_log(space):
+    how = settings(f"sqlite:///{space}/vidgen.db", space / "files", logs=str(space / "logs"))
+    how.modules = ("no_such_module",)
+    done = subprocess.run([sys.executable, "-c", "from vidgen.serve.worker import main; main()", json.dumps(asdict(how))], capture_output=True, text=True)
+    row = json.loads((space / "logs/worker.errors.log").read_text())
+    assert done.returncode == 1 and row["level"] == "critical" and "No module named 'no_such_module'" in row["error"] and "no_such_module" in done.stderr
+
+
+def test_a_supervisor_outlives_a_damaged_database_and_says_so_once_a_minute(service, space, caplog):
+    jobs, supervisor = service(count=0)
+    until(lambda: "sweep" in supervisor.last)
+    sizes = {name: (space / name).stat().st_size for name in ("vidgen.db", "vidgen.db-wal")}
+    for name, size in sizes.items():
+        (space / name).write_bytes(b"\x5a" * size)
+    jobs.db.dispose()
+    with pytest.raises(Unavailable, match="damaged.*backup"):
+        jobs.list()
+    supervisor.last.clear()
+    until(lambda: [r for r in caplog.records if r.levelname == "ERROR"])
+    supervisor.last.pop("announce", None)
+    time.sleep(0.2)
+    (said,) = [r for r in caplog.records if r.levelname == "ERROR"]
+    assert "supervising stands still: the database is damaged" in said.getMessage() and said.exc_info is None
+    assert supervisor.thread.is_alive()
 
 
 def now_at_once(jobs):

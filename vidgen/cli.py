@@ -185,7 +185,7 @@ def explain(err: BaseException) -> tuple[str, int]:
         return "out of memory. Fewer frames, a smaller size, --precision bf16 or a smaller model (`vidgen models`) need less", 1
     if isinstance(err, (FileExistsError, FileNotFoundError, IsADirectoryError, NotADirectoryError, ValueError, TypeError)):
         return text or type(err).__name__, 2
-    if isinstance(err, (OSError, ImportError, FloatingPointError)):  # the last: a training whose loss exploded
+    if isinstance(err, (OSError, ImportError, FloatingPointError)) or type(err).__name__ == "Unavailable":  # a training whose loss exploded; a database that is away or damaged
         return text, 1
     return f"{type(err).__name__}: {text}\nThis was not foreseen. `vidgen --debug …` shows where it happened, `vidgen doctor` what may be broken here", 1
 

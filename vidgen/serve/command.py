@@ -191,7 +191,7 @@ def run(found: Settings, *, ready=None) -> None:
     from vidgen.serve.health import log_to
     from vidgen.serve.service import Service
 
-    service = Service.open(found)
+    service = Service.open(found, check=True)
     note = may_start(found.serve, service.keys.exist())
     storage.refuse_foreign(service.jobs)
     pinned = _pinned(found)
@@ -231,7 +231,7 @@ def _boss(found: Settings, jobs, pinned: tuple[str, ...]):
     from vidgen.serve import supervisor, worker
     from vidgen.serve.service import database
 
-    how = worker.Settings(database(found), str(found.folder(found.storage.root)), pinned=pinned, redis=found.database.redis)
+    how = worker.Settings(database(found), str(found.folder(found.storage.root)), pinned=pinned, redis=found.database.redis, logs=str(found.folder(found.serve.logs)) if found.serve.logs else "")
     return supervisor.Supervisor(jobs, how, supervisor.slots(found.serve.workers))
 
 

@@ -9,6 +9,7 @@ __all__ = ['KEPT', 'REVOKED', 'HEARTBEAT', 'PING', 'SILENT', 'SLOW', 'MOST_JOBS'
 # %% ../../nbs/70_serve/783_progress.ipynb #de8c223b
 import asyncio
 import json
+import re
 import threading
 import time
 from collections import deque
@@ -105,11 +106,11 @@ class Reader:
         self.hub, self.cursor, self.wake = hub, {}, asyncio.Event()
 
     async def add(self, job: str, after: int = 0) -> None:
-        "Read this job's events after number `after`, from now on. Errors: NotFound."
+        "Read this job's events after number `after`, or after the last one if there are not so many yet. Errors: NotFound."
         latest = await asyncio.to_thread(self.hub.jobs.latest, [job])
         if job not in latest:
             raise NotFound(f"there is no job {job}")
-        self.cursor[job] = after
+        self.cursor[job] = min(after, latest[job])
         self.hub._join(self, job, latest[job])
         self.wake.set()
 
@@ -192,6 +193,7 @@ async def sse(hub: Hub, jobs: list[str], after: list[int], *, heartbeat: float =
         for job, number in zip(jobs, after, strict=True):
             try:
                 await reader.add(job, number)
+                after[jobs.index(job)] = reader.cursor[job]
                 ended |= set() if await unfinished(hub.jobs, [job], [number]) else {job}
             except NotFound:
                 ended.add(job)
@@ -236,8 +238,13 @@ class Closing(Exception):
     "The conversation ends with this code and sentence."
 
     def __init__(self, code: int, reason: str):
-        super().__init__(reason)
+        super().__init__(reason.encode(errors="ignore")[:123].decode(errors="ignore"))  # a close frame holds no more
         self.code = code
+
+
+def _none(name: str) -> Closing:
+    "There is no such job; its name is told back if it can be one, and not if a client made it up."
+    return Closing(NONE, f"there is no job {name}" if re.fullmatch("job_[0-9a-v]{26}", name) else "there is no such job")
 
 # %% ../../nbs/70_serve/783_progress.ipynb #ec962f31
 class Talk:
@@ -290,7 +297,7 @@ class Talk:
             if len(self.reader.cursor) >= MOST_JOBS:
                 raise Closing(LIMITED, f"{MOST_JOBS} jobs are the most on one connection")
             if not await asyncio.to_thread(self.allowed, one["job"]):
-                raise Closing(NONE, f"there is no job {one['job'][:40]}")
+                raise _none(one["job"])
             try:
                 await self.reader.add(one["job"], one.get("after", 0))
                 over = self.until_end and not await unfinished(self.reader.hub.jobs, [one["job"]], [one.get("after", 0)])

@@ -332,11 +332,11 @@ class Service:
     started: float = 0.0
 
     @classmethod
-    def open(cls, settings: Settings) -> "Service":
-        "The service these settings describe. Errors: ValueError, Unavailable: see `Jobs.open`."
+    def open(cls, settings: Settings, *, check: bool = False) -> "Service":
+        "The service these settings describe. Errors: ValueError, Unavailable: see `Jobs.open`, also for `check`."
         from vidgen.serve.jobs import Jobs
 
-        jobs = Jobs.open(database(settings), settings.folder(settings.storage.root), least_free_gib=settings.storage.least_free_gib, tiers=storage.tiers(settings.storage))
+        jobs = Jobs.open(database(settings), settings.folder(settings.storage.root), check=check, least_free_gib=settings.storage.least_free_gib, tiers=storage.tiers(settings.storage))
         keys = Keys(jobs.db)
         keys.exist()
         service = cls(jobs, keys, Limiter(settings.database.redis), settings, started=time.time())

@@ -7,7 +7,9 @@ __all__ = ['Slot', 'has_gpu', 'slots', 'Post', 'spawn', 'Supervisor']
 
 # %% ../../nbs/70_serve/76_supervisor.ipynb #a6330055
 import json
+import logging
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -57,6 +59,9 @@ def slots(
     return [devices[i % len(devices)] for i in range(int(workers))]
 
 # %% ../../nbs/70_serve/76_supervisor.ipynb #9832a394
+_log = logging.getLogger("vidgen.serve.supervisor")
+
+
 @dataclass
 class Post:
     "A slot, the process in it, and how often it has died."
@@ -73,14 +78,15 @@ def spawn(post: Post, settings: Settings) -> None:
     "Start a worker for a post, under a name that was never used before."
     post.deaths = 0 if time.monotonic() - post.born > 60 else post.deaths
     post.name = f"{post.slot.name}#{post.n}-{os.urandom(4).hex()}"
-    own = replace(settings, name=post.name, slot=post.slot.name, device=post.slot.device, parent=os.getpid())
+    own = replace(settings, name=post.name, slot=post.slot.name, device=post.slot.device, parent=os.getpid(), log=f"worker-{post.n}")
     code = "from vidgen.serve.worker import main; main()"
     post.process = subprocess.Popen([sys.executable, "-c", code, json.dumps(asdict(own))], env={"OMP_NUM_THREADS": "1", **os.environ} if post.slot.device == "cpu" else None)
     post.born = time.monotonic()
+    _log.info("worker started, process %d", post.process.pid, extra={"worker": post.name})
 
 # %% ../../nbs/70_serve/76_supervisor.ipynb #edd214eb
-class Supervisor:
-    "Workers for the slots of this machine, and the clockwork of the tables. `run` until `stop` is set."
+class _Posts:
+    "Workers for the slots of this machine."
 
     def __init__(self, jobs: Jobs, settings: Settings, places: list[Slot], *, obey: float = 30.0, sweep_every: float = 3600.0, tick: float = 0.25):
         self.jobs, self.settings, self.obey, self.sweep_every, self.tick = jobs, settings, obey, sweep_every, tick
@@ -99,11 +105,21 @@ class Supervisor:
         "Take away the jobs of workers that died, and start new ones."
         for post in self.posts:
             if post.process is not None and post.process.poll() is not None:
-                lapse.gone(self.jobs, post.name)
+                self.bury(post)
                 post.deaths += 1
                 post.process, post.again_at = None, time.monotonic() + min(30.0, 0.1 * 2**post.deaths)
             if post.process is None and time.monotonic() >= post.again_at and not self.stop.is_set():
                 spawn(post, self.settings)
+
+    def bury(self, post: Post) -> None:
+        "Take away what a dead worker held, and log how it died and at which job."
+        with self.jobs.reading() as ledger:
+            t = ledger.t.job.c
+            held = ledger.run(need("sqlalchemy", "serve").select(t.id).where(t.state == "running", t.worker == post.name)).scalars().all()
+        lapse.gone(self.jobs, post.name)
+        code = post.process.returncode
+        how = f"by {signal.Signals(-code).name}" if -code in {*signal.Signals} else f"with exit status {code}"
+        _log.error("worker died %s, holding %s", how, ", ".join(held) or "no job", extra={"worker": post.name, "job_id": held[0] if held else None})
 
     def kill_disobedient(self) -> None:
         "A worker is killed that was asked to stop and didn't, or whose process is there and says nothing: it may be holding a lock."
@@ -114,7 +130,12 @@ class Supervisor:
             late |= set(ledger.run(select(w.id).where(w.state != "starting", w.heartbeat < ledger.now - 2 * max(self.jobs.lease, 15))).scalars())
         for post in self.posts:
             if post.process and post.name in late:
+                _log.warning("worker killed: it was asked to stop and didn't, or said nothing for too long", extra={"worker": post.name})
                 post.process.kill()
+
+# %% ../../nbs/70_serve/76_supervisor.ipynb #09d8e97e
+class Supervisor(_Posts):
+    "Workers for the slots of this machine, and the clockwork of the tables. `run` until `stop` is set."
 
     def announce(self) -> None:
         "Say which devices there are."
@@ -145,10 +166,15 @@ class Supervisor:
             while not self.stop.wait(self.tick):
                 try:
                     self.step()
-                except (Unavailable, OSError):
-                    pass  # the database is away, or the disk takes nothing; the workers wait for it too
+                except Exception as err:  # the database is away or damaged, the disk takes nothing: requests are still answered, and all may come back
+                    self.lament(err)
         finally:
             self.drain()
+
+    def lament(self, err: Exception) -> None:
+        "Log what kept this from its work, once a minute; the traceback too when nobody foresaw it."
+        if self.due("lament", 60):
+            _log.error("supervising stands still: %s", err, exc_info=None if isinstance(err, Unavailable | OSError) else err)
 
     def drain(self, patience: float = 60.0) -> None:
         "Stop the workers: they hand back what they hold at its next step. Who doesn't in `patience` seconds is killed."

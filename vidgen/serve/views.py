@@ -64,12 +64,13 @@ def artifact(root: Path, ledger: Ledger, artifact_id: str, owner: str | None = N
 
 
 def counts(ledger: Ledger) -> dict:
-    "See `Jobs.counts`: {states: {state: n}, queued: {priority: n}, oldest: seconds, running: n, workers: n}. Every state is there; `queued` and `oldest` leave out what nobody waits for."
+    "See `Jobs.counts`: {states: {state: n}, queued: {priority: n}, oldest: seconds, running: n, workers: n, devices: [name]}. Every state is there. What nobody waits for, such as scores, is left out; `devices` are those the supervisors announce."
     sa, t = need("sqlalchemy", "serve"), ledger.t
     job, count = t.job.c, sa.func.count()
-    states = dict.fromkeys(STATES, 0) | dict(ledger.run(sa.select(job.state, count).group_by(job.state)).all())
+    states = dict.fromkeys(STATES, 0) | dict(ledger.run(sa.select(job.state, count).where(job.priority > LAST).group_by(job.state)).all())
     waits = (job.state == "queued", job.priority > LAST)
     queued = dict(ledger.run(sa.select(job.priority, count).where(*waits).group_by(job.priority)).all())
     oldest = ledger.run(sa.select(sa.func.min(job.created_at)).where(*waits, job.not_before <= ledger.now)).scalar()
     workers = ledger.run(sa.select(count).select_from(t.worker).where(t.worker.c.heartbeat > ledger.now - 60)).scalar()
-    return {"states": states, "queued": queued, "oldest": 0.0 if oldest is None else max(0.0, ledger.now - oldest), "running": states["running"], "workers": workers}
+    devices = list(ledger.run(sa.select(t.device.c.name).where(t.device.c.seen > ledger.now - 60).order_by(t.device.c.name)).scalars())
+    return {"states": states, "queued": queued, "oldest": 0.0 if oldest is None else max(0.0, ledger.now - oldest), "running": states["running"], "workers": workers, "devices": devices}

@@ -7,6 +7,7 @@ __all__ = ['asked_to_wait', 'verdict', 'Keeper', 'perform', 'roll_back', 'Settin
 
 # %% ../../nbs/70_serve/75_worker.ipynb #071e203b
 import json
+import logging
 import os
 import random
 import signal
@@ -130,7 +131,7 @@ class Keeper(threading.Thread):
 # %% ../../nbs/70_serve/75_worker.ipynb #19825c0b
 def perform(work: Work, stages, then=()) -> Callable[[], object]:
     "Run the stages that are not done. What is returned publishes, needs no device any more, and lets jobs of the kinds `then` follow."
-    claim, result = work.claim, None
+    claim, result, begun = work.claim, None, time.perf_counter()
     for i, stage in enumerate(stages):
         if stage.name in work.done:
             result = work.done[stage.name]
@@ -143,7 +144,13 @@ def perform(work: Work, stages, then=()) -> Callable[[], object]:
             result = result() if callable(result) else result
             claim.stage(stage.name, stage.keep(work) if stage.keep else (), output=result, undo=stage.undo is not None)
     found = result if callable(result) else lambda: result
-    return lambda: claim.publish(work.files, found(), then)
+
+    def publish() -> None:
+        claim.publish(work.files, found(), then)
+        if claim.job.priority > LAST:
+            measures.executed(claim.job.kind, time.perf_counter() - begun)
+
+    return publish
 
 
 def roll_back(work: Work, stages) -> None:
@@ -174,6 +181,8 @@ class Settings:
     most_mib: int | None = None          # memory the warm models may take together
     pinned: tuple[str, ...] = ()         # models to load before anybody asks, and never let go
     redis: str = ""
+    logs: str = ""                       # folder of the logs; empty = standard error
+    log: str = "worker"                  # how its files there begin
     parent: int = 0                      # the worker stops when this process is gone
 
 # %% ../../nbs/70_serve/75_worker.ipynb #86014830
@@ -216,6 +225,9 @@ class _Slot:
             return ledger.run(asked.limit(1)).first() is not None
 
 # %% ../../nbs/70_serve/75_worker.ipynb #b3eb9020
+_log = logging.getLogger("vidgen.serve.worker")
+
+
 class _Doing(_Slot):
     "What a worker does with a claim."
 
@@ -283,8 +295,7 @@ class _Doing(_Slot):
         if error["code"] == "out_of_memory":
             self.pool.clear()
             retry = self.widen(claim)
-        if error["code"] == "internal":
-            print(json.dumps({"level": "error", "worker": self.name, "job": claim.job.id, **error}), file=sys.stderr, flush=True)
+        _log.log(logging.WARNING if retry else logging.ERROR, "job failed: %s: %s", error["code"], error["message"], exc_info=err, extra={"worker": self.name, "job_id": claim.job.id})
         try:
             claim.fail(error, retry, after)
         except Lost:
@@ -361,12 +372,22 @@ class Worker(_Doing):
             self.stop.wait(self.own.poll * random.uniform(0.8, 1.2))
 
 # %% ../../nbs/70_serve/75_worker.ipynb #5835a09e
+def _broke(*what) -> None:
+    "Log what ends this process before it ends."
+    _log.critical("worker broke down", exc_info=what)
+    sys.__excepthook__(*what)
+
+
 def main(argument: str | None = None) -> None:
     "Run a worker with `Settings` given as JSON."
     own = Settings(**json.loads(argument or sys.argv[1]))
     own.modules, own.pinned = tuple(own.modules), tuple(own.pinned)
     if own.device == "cpu":
         os.environ.setdefault("OMP_NUM_THREADS", "1")
+    from vidgen.serve.health import log_to
+
+    log_to(own.logs or None, own.log)
+    sys.excepthook = _broke
     learn(own.modules)
     from vidgen.serve.generate import loader
 
