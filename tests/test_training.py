@@ -287,6 +287,33 @@ def test_a_fused_original_is_refused(tmp_path):
         adapters.export_adapter(saved.path, tmp_path / "x.safetensors")
 
 
+def test_merged_replaces_a_model_and_nothing_else(tmp_path, whole, monkeypatch):
+    import shutil
+
+    for name in ("films", "run"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "films" / "holiday.mp4").write_bytes(b"mine")
+    (tmp_path / "file").write_bytes(b"mine")
+    file = Path(shutil.copy(whole.adapter.path, tmp_path / "run"))
+    for out, said in (("films", "no model's folder"), ("file", "no model's folder"), ("run", "holds the adapter itself"), (".", "holds the adapter itself")):
+        with pytest.raises(FileExistsError, match=said):
+            adapters.export_adapter(file, tmp_path / out, "merged", overwrite=True)
+    assert (tmp_path / "films" / "holiday.mp4").read_bytes() == b"mine" == (tmp_path / "file").read_bytes()
+    (tmp_path / "empty").mkdir()
+    out = adapters.export_adapter(file, tmp_path / "empty", "merged", overwrite=True)
+    (out / "old.txt").write_text("of the model before")
+    with pytest.raises(FileExistsError, match="--overwrite"):
+        adapters.export_adapter(file, out, "merged")
+    with monkeypatch.context() as broken:
+        broken.setattr("vidgen.models.family.save_parts", lambda parts, folder: Path(folder).mkdir() or 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            adapters.export_adapter(file, out, "merged", overwrite=True)
+    assert (out / "old.txt").exists() and vidgen.load(out).weights
+    adapters.export_adapter(file, out, "merged", overwrite=True)
+    assert not (out / "old.txt").exists() and vidgen.load(out).weights
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["empty", "file", "films", "run"]
+
+
 def test_an_adapter_of_another_base_is_refused_with_the_reason(tmp_path):
     from vidgen.generate.adapters import attach
 
@@ -633,13 +660,54 @@ def test_what_can_t_be_trained(tmp_path, wrong, said):
 
 def test_missing_captions_and_short_clips(tmp_path, monkeypatch):
     clips = [Sample(f"world:{i}", "" if i == 1 else "a star") for i in range(3)]
-    monkeypatch.setattr(trainer, "open_manifest", lambda address: Manifest(tuple(clips)))
+    monkeypatch.setattr(trainer, "open_manifest", lambda address: Manifest(tuple(clips) if address == TINY["data"] else (Sample("world:9", "a star"),)))
     with pytest.raises(ValueError, match="data: world:1 has no caption, sample 1: give"):
         trainer.manifests(Recipe(**TINY))
     short = vidgen.Clip(np.zeros((5, 64, 96, 3), np.uint8), fps=8)
-    monkeypatch.setattr(trainer, "open_manifest", lambda address: Manifest((Sample(short, "a star"),)))
+    monkeypatch.setattr(trainer, "open_manifest", lambda address: Manifest((Sample(short if address == TINY["data"] else "world:9", "a star"),)))
     with pytest.raises(ValueError, match="it gives 5 frames and the buckets take 17: name a bucket for it, e.g. 1x64x96"):
         trainer.prepared(Recipe(**TINY), vidgen.load("shapes-t2v"), tmp_path)
+
+
+def test_no_film_is_held_that_is_learned_from(tmp_path, monkeypatch):
+    def told(first, films, times=2):
+        return Manifest(tuple(Sample(f"world:{first + i}", f"{k} a star") for i in range(films) for k in range(times)))
+
+    sets = {"man": told(0, 15), "apart": told(40, 3), "some": told(14, 3), "one": told(0, 1)}
+    monkeypatch.setattr(trainer, "open_manifest", lambda address: sets[address])
+    for wrong, said in ((dict(held="man"), "each film of man is learned from too"), (dict(held="apart", replay="apart"), r"learned from too \(man, apart\)"),
+                        (dict(data="one", held=""), "one is a single film")):
+        with pytest.raises(ValueError, match=said):
+            trainer.manifests(Recipe(**TINY | dict(data="man") | wrong))
+    found = trainer.manifests(Recipe(**TINY | dict(data="man", held="", held_clips=4)))
+    assert found["held"] and len(found["data"]) % 2 == 0 and not {s.media for s in found["data"]} & {s.media for s in found["held"]}
+    with pytest.warns(UserWarning, match="2 of 6 samples show films that are learned from"):
+        found = trainer.manifests(Recipe(**TINY | dict(data="man", held="some")))
+    assert [(s.media, s.caption[0]) for s in found["held"]] == [("world:15", "0"), ("world:16", "0"), ("world:15", "1"), ("world:16", "1")]
+
+
+@pytest.mark.parametrize("left, said", [("", "Expecting value"), ('{"recipe": {"da', "Unterminated"), ("[]", "says nothing"), ("{}", "says nothing")])
+def test_a_damaged_note_of_a_run_is_named_with_what_helps(tmp_path, left, said, capsys):
+    from vidgen.cli import main
+
+    with runs.Run.create("train", Recipe(**TINY).to_dict(), root=tmp_path, trackers=[]) as run:
+        run.finish()
+    (run.path / trainer.IDENTITY).write_text(left)
+    assert main(["train", "--resume", str(run.path)]) == 2
+    err = " ".join(capsys.readouterr().err.split())
+    assert "training.json is damaged" in err and said in err and "begin a new run" in err, err
+
+
+def test_the_note_of_a_run_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    run = runs.Run.create("train", {}, root=tmp_path, trackers=[])
+    now = {"recipe": Recipe(**TINY).to_dict(), "model_hash": "a" * 64, "data_hash": "b" * 64, "processes": 1}
+    state = type("state", (), {"step": 0})()
+    trainer._noted(run, now, state)
+    monkeypatch.setattr(Path, "write_text", lambda self, text: open(self, "w").write(text[:9]) and 1 / 0)
+    monkeypatch.setattr(Path, "write_bytes", lambda self, data: open(self, "wb").write(data[:9]) and 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        trainer._noted(run, now | {"processes": 2}, state)
+    assert trainer.noted(run.path) == now
 
 
 def test_films_and_report_are_told_and_a_repeated_step_replaces_its_films(tmp_path):
