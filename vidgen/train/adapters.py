@@ -4,12 +4,14 @@
 
 # %% auto #0
 __all__ = ['FILE', 'SPELLED', 'FUSED', 'FORMATS', 'Adapter', 'adapter_file', 'read_adapter', 'base_hash', 'tensors',
-           'save_adapter', 'check_base', 'start_from', 'original', 'respelled', 'export_adapter', 'merge', 'shelf',
-           'register', 'registered', 'named']
+           'save_adapter', 'check_base', 'start_from', 'original', 'respelled', 'free_for_model', 'export_adapter',
+           'merge', 'shelf', 'register', 'registered', 'named']
 
 # %% ../../nbs/50_train/56_adapters.ipynb #b18e93cb
 import json
+import os
 import re
+import secrets
 import shutil
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -179,6 +181,31 @@ def respelled(found: Adapter, down: str, up: str) -> dict[str, torch.Tensor]:
     return out
 
 # %% ../../nbs/50_train/56_adapters.ipynb #b4ba9584
+def free_for_model(out: str | Path, keep: Path | None = None) -> Path:
+    "Where a model's folder may be written: nothing is there, an empty folder, or a model's that doesn't hold `keep`. FileExistsError for anything else."
+    out = Path(os.path.realpath(Path(out).expanduser()))
+    if keep and out in Path(os.path.realpath(keep)).parents:
+        raise FileExistsError(f"{out} holds the adapter itself, which would go with it: choose another folder")
+    if out.exists() and not (out / "model_index.json").is_file() and not (out.is_dir() and not any(out.iterdir())):
+        raise FileExistsError(f"{out} is no model's folder (it has no model_index.json), and what is there is not deleted: choose another folder")
+    return out
+
+
+def _moved(part: Path, out: Path) -> Path:
+    "The folder `part` as `out`, in place of what was there."
+    old = part.with_suffix(".old")
+    if out.exists():
+        out.rename(old)
+    try:
+        part.rename(out)
+    except OSError:
+        if old.exists():
+            old.rename(out)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+    return out
+
+# %% ../../nbs/50_train/56_adapters.ipynb #dd7df3f0
 def export_adapter(
     path: str | Path,             # an adapter
     out: str | Path,              # a file; for merged a folder
@@ -206,22 +233,24 @@ def export_adapter(
 
 
 def merge(found: Adapter, out: Path) -> Path:
-    "A folder with the base and the adapter added into its weights, in the precision of the base's files; diffusers and vidgen load it as any model."
+    "A folder with the base and the adapter added into its weights, in the precision of the base's files; diffusers and vidgen load it as any model. FileExistsError where something else is than a model's folder."
     from vidgen.generate import adapters
     from vidgen.models.family import save_parts
     from vidgen.models.registry import load
 
+    out = free_for_model(out, found.path)
     gen = load(found.base, device="cpu", force=True)
     adapters.attach(gen, found.path, name="merged")
     adapters.fuse(gen)
     gen.parts.transformer.unload_lora()
-    part = out.with_name(f".{out.name}.part")
-    shutil.rmtree(part, ignore_errors=True)
-    save_parts(gen.parts, part)
     note = {"base": found.base, "base_hash": found.base_hash, "adapter": found.hash, "licence": found.licence, "data_hash": found.data_hash}
-    (part / "vidgen.json").write_text(json.dumps(note, indent=1) + "\n")
-    shutil.rmtree(out, ignore_errors=True)
-    return part.rename(out)
+    part = out.with_name(f".{out.name}-{secrets.token_hex(6)}.part")
+    try:
+        save_parts(gen.parts, part)
+        (part / "vidgen.json").write_text(json.dumps(note, indent=1) + "\n")
+        return _moved(part, out)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
 
 # %% ../../nbs/50_train/56_adapters.ipynb #74144d09
 def shelf() -> Path:
