@@ -49,7 +49,8 @@ def test_unknown_key_names_the_nearest(tmp_path):
 
 
 @pytest.mark.parametrize("wrong, said", [(dict(rank=0), "at least 1"), (dict(lr=-1.0), "above 0"), (dict(caption_dropout=2.0), "0 to 1"), (dict(method="lorra"), "nearest: lora"),
-                                         (dict(freeze="patch_embed.*"), "targets"), (dict(steps=0), "at least 1")])
+                                         (dict(freeze="patch_embed.*"), "targets"), (dict(steps=0), "at least 1"), (dict(image_noise=-0.1), "image_noise is at least 0, not -0.1"), (dict(shift=-1.0), "shift is at least 0"),
+                                         (dict(weight_decay=-0.01), "weight_decay is at least 0"), (dict(lr=float("inf")), "lr is a finite number, above 0, not inf"), (dict(shift=float("inf")), "shift is a finite number, at least 0"), (dict(lr=float("nan")), "lr is above 0, not nan")])
 def test_wrong_values_are_refused(wrong, said):
     with pytest.raises(ValueError, match=said):
         Recipe(data="world:8", **wrong)
@@ -495,7 +496,7 @@ def test_a_stopped_run_ends_at_the_same_bits(tmp_path, whole):
     until(lambda: json.loads((the_run(tmp_path) / "manifest.json").read_text())["process"]["pid"] == child.pid or child.poll() is not None)
     child.send_signal(signal.SIGTERM)
     out = child.communicate(timeout=120)[0]
-    assert child.returncode == 75 and "--resume" in out, out
+    assert child.returncode == 75 and "is saved. Go on: vidgen train --resume" in " ".join(out.split()), out
     assert runs.Run.open(the_run(tmp_path)).status == "canceled"
     child = started(tmp_path, "--resume", the_run(tmp_path))
     out = child.communicate(timeout=170)[0]
@@ -505,6 +506,44 @@ def test_a_stopped_run_ends_at_the_same_bits(tmp_path, whole):
     a, b = load_file(whole.adapter.path), load_file(the_run(tmp_path) / "adapter" / adapters.FILE)
     assert all(torch.equal(a[k], b[k]) for k in a)
     assert runs.Run.open(the_run(tmp_path)).status == "succeeded"
+
+
+def test_a_stopped_run_says_what_is_saved(tmp_path, capsys):
+    from vidgen.train.command import _stopped
+
+    run = runs.Run.create("train", {}, root=tmp_path, trackers=[])
+    said = lambda: (_stopped(run, "SIGTERM"), " ".join(capsys.readouterr().err.split()))
+    status, err = said()
+    assert status == 75 and "no checkpoint yet" in err and "Begin again: vidgen train --resume" in err and "is saved" not in err, err
+    (run.path / "checkpoints").mkdir()
+    (run.path / "checkpoints" / "step-00000002.safetensors").touch()
+    assert "step-00000002 is saved. Go on: vidgen train --resume" in said()[1]
+
+
+@pytest.mark.slow
+def test_a_run_stopped_before_its_first_checkpoint_says_so(tmp_path):
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(TINY | dict(data="world:200")))
+    child = started(tmp_path, tmp_path / "r.yaml")
+    until(lambda: list(tmp_path.glob("train-*/manifest.json")) or child.poll() is not None)
+    child.send_signal(signal.SIGTERM)
+    out = " ".join(child.communicate(timeout=120)[0].split())
+    assert child.returncode == 75 and "no checkpoint yet" in out and "Begin again: vidgen train --resume" in out, out
+    assert not Shelf(the_run(tmp_path) / "checkpoints").last and runs.Run.open(the_run(tmp_path)).status == "canceled"
+    assert trainer.reopened(the_run(tmp_path))[0].data == "world:200"
+
+
+@pytest.mark.slow
+def test_a_team_that_is_asked_to_stop_leaves_its_word_in_the_manifest(tmp_path):
+    "torchrun passes SIGTERM on and no code back."
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(TINY | dict(steps=2000, device="cpu")))
+    (tmp_path / "go.py").write_text("from vidgen.cli import console; console()")
+    words, env = command(VIDGEN_STORAGE_RUNS=str(tmp_path), ACCELERATE_USE_CPU="true")
+    child = subprocess.Popen([words[0], "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(tmp_path / "go.py"), "train", str(tmp_path / "r.yaml")], env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    until(lambda: list(tmp_path.glob("train-*/checkpoints/step-*.safetensors")) or child.poll() is not None)
+    child.send_signal(signal.SIGTERM)
+    out = child.communicate(timeout=120)[0]
+    assert child.returncode == 1 and "Traceback" in out, out
+    assert runs.Run.open(the_run(tmp_path)).status == "canceled" and Shelf(the_run(tmp_path) / "checkpoints", 2).last
 
 
 def test_a_resume_of_another_kind_is_refused(whole):
@@ -1015,6 +1054,8 @@ def test_a_set_nobody_knows_names_the_nearest_and_where_all_are(tmp_path, capsys
     assert json.loads(capsys.readouterr().out) == Recipe().to_dict()
     assert main(["train", "--check", "--set", "rank", "3"]) == 0 and '"rank": 3' in capsys.readouterr().out
     assert main(["train", "--resume", str(tmp_path), "--check"]) == 2 and "training.json" in capsys.readouterr().err
+    assert main(["train", "--help"]) == 0
+    assert "look for status canceled" in " ".join(capsys.readouterr().out.replace("│", " ").split())
 
 
 def test_validate_and_adapter_commands(tmp_path, whole, monkeypatch, capsys):
