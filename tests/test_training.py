@@ -277,9 +277,58 @@ def test_wans_original_spelling_loads_in_diffusers(tmp_path, format):
         assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
+def deltas(file, up="lora_up", down="lora_down"):
+    "Layer -> what an exported adapter adds to its matrix."
+    found = load_file(file)
+    names = [k.removesuffix(".alpha") for k in found if k.endswith(".alpha")]
+    return {n.removeprefix("diffusion_model."): found[f"{n}.{up}.weight"] @ found[f"{n}.{down}.weight"] * (found[f"{n}.alpha"] / len(found[f"{n}.{down}.weight"])) for n in names}
+
+
+class Kept(dict):
+    "Of which nothing is taken: the converter empties what it is given, and then looks in there which Cosmos it was."
+    pop = dict.__getitem__
+
+
+@pytest.mark.parametrize("base", ["hunyuan-video", "cosmos-1-7b-text2world", "cosmos-2-2b-video2world"])
+def test_original_spellings_become_diffusers_by_its_own_converter(tmp_path, base):
+    "The converter of whole checkpoints, fed with what the adapter adds to each of its matrices."
+    from diffusers.loaders import single_file_utils as theirs
+
+    of = base.partition("-")[0]
+    gen = random_adapter(of, alpha=6.0)
+    saved = adapters.save_adapter(gen, tmp_path, name="mine", base=base)
+    mine = adapters.tensors(gen, "mine")
+    wanted = {k.removeprefix("transformer.").removesuffix(".lora_A.weight"): 3.0 * mine[k.replace("lora_A", "lora_B")] @ mine[k] for k in mine if "lora_A" in k}
+    added = deltas(adapters.export_adapter(saved.path, tmp_path / "x.safetensors", "comfyui"))
+    got = {}
+    for name in [n for n in added if n.endswith("linear1")]:  # the converter takes its width for granted, 3072
+        h, block = added[name].shape[1], name.replace("single_blocks", "single_transformer_blocks").removesuffix(".linear1")
+        q, k, v, mlp = added.pop(name).split([h, h, h, 4 * h])
+        got |= {f"{block}.attn.to_{p}": x for p, x in zip("qkv", (q, k, v))}
+        assert not mlp.any()
+    convert, prefix = (theirs.convert_hunyuan_video_transformer_to_diffusers, "") if of == "hunyuan" else (theirs.convert_cosmos_transformer_checkpoint_to_diffusers, "net.")
+    got |= {k.removesuffix(".weight"): v for k, v in convert((Kept if prefix else dict)({f"{prefix}{n}.weight": v for n, v in added.items()})).items()}
+    assert got.keys() == wanted.keys() and all(torch.allclose(got[k], wanted[k], atol=1e-4) for k in got)
+    assert len(got) >= 8
+
+
+def test_a_part_or_a_layer_that_has_no_original_name(tmp_path):
+    gen = random_adapter("hunyuan")
+    some = {k: v for k, v in adapters.tensors(gen, "mine").items() if "single_transformer_blocks.0.attn.to_v" in k}
+    saved = adapters.save_adapter(gen, tmp_path, name="mine", weights=some)
+    (name, delta), = deltas(adapters.export_adapter(saved.path, tmp_path / "x.safetensors", "original"), "lora_B", "lora_A").items()
+    h = delta.shape[1]
+    assert name == "single_blocks.0.linear1" and len(delta) == 7 * h and not delta[: 2 * h].any() and not delta[3 * h :].any() and delta[2 * h : 3 * h].any()
+    for layer, family_, base, said in (("x_embedder.proj", "hunyuan", "", "no name for it"), ("transformer_blocks.0.attn1.to_q", "cosmos", "mine", "Cosmos 1 or 2, which mine doesn't say"), ("transformer_blocks.0.attn1.to_q", "shapes", "", "does not know")):
+        with pytest.raises(ValueError, match=f"{said}.*--format diffusers"):
+            adapters.original(layer, family_, base)
+    with pytest.raises(ValueError, match="names of another program"):
+        adapters.export_adapter(adapters.export_adapter(saved.path, tmp_path / "c.safetensors", "comfyui"), tmp_path / "again.safetensors", "comfyui")
+
+
 def test_a_fused_original_is_refused(tmp_path):
     saved = adapters.save_adapter(random_adapter(), tmp_path, name="mine")
-    with pytest.raises(ValueError, match="one matrix for query, key and value"):
+    with pytest.raises(ValueError, match="one matrix for query, key and value: use --format diffusers, whose names ComfyUI's nodes"):
         adapters.export_adapter(saved.path, tmp_path / "x.safetensors", "original")
     with pytest.raises(ValueError, match="nearest: diffusers"):
         adapters.export_adapter(saved.path, tmp_path / "x.safetensors", "difusers")
