@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 
 from vidgen.clip import Clip
-from vidgen.data.manifest import Manifest, Sample, read_manifest, split
-from vidgen.data.sources import folder, world
+from vidgen.data.manifest import Manifest, Sample, film, line, read_manifest, split
+from vidgen.data.sources import folder, open_manifest, world
 
 
 def test_round_trip(tmp_path):
@@ -41,6 +41,36 @@ def test_split_keeps_sides():
     assert {s.media for s in split(data[:100], 0.2)[1]} <= {s.media for s in test}
     with pytest.raises(ValueError, match="share"):
         split(data, 1.0)
+
+
+def test_split_keeps_a_film_on_one_side(tmp_path):
+    from vidgen.data.build import build
+    from vidgen.data.lookalike import lookalike
+
+    lookalike("msrvtt", tmp_path / "mini")
+    data = open_manifest(build("msrvtt", tmp_path / "mini", tmp_path / "msr").folder)
+    assert len({film(s) for s in data}) < len(data)
+    for share in (0.1, 0.5):
+        train, held = split(data, share)
+        assert len(train) + len(held) == len(data) and held and not {film(s) for s in train} & {film(s) for s in held}
+        turned = split(Manifest(data.samples[::-1]), share)
+        assert [set(map(line, side)) for side in turned] == [set(map(line, train)), set(map(line, held))]
+
+
+@pytest.mark.parametrize("films", [2, 3, 15])
+def test_split_holds_and_keeps_a_film_of_few(films):
+    for first in range(0, 60, 4):
+        some = Manifest(tuple(Sample(f"world:{first + i}") for i in range(films)))
+        assert all(map(len, split(some))) and all(map(len, split(some, 0.99)))
+    assert [len(side) for side in split(some[:1])] == [1, 0] and [len(side) for side in split(some[:0])] == [0, 0]
+
+
+def test_a_film_is_named_by_what_it_shows(tmp_path):
+    clip = world(1)[0].clip()
+    clip.save(tmp_path / "a.mp4")
+    (tmp_path / "b.mp4").write_bytes((tmp_path / "a.mp4").read_bytes())
+    a, b = (Sample(str(tmp_path / f"{n}.mp4"), n) for n in "ab")
+    assert film(a) == film(b) == film(Sample("gone.mp4", facts={"sha256": film(a)})) and film(Sample(clip)) == film(Sample(clip, "x")) != film(a)
 
 
 def test_unknown_scheme_and_address():

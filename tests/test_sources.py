@@ -411,6 +411,8 @@ def test_inspect_counts_what_is_there_and_what_is_not(tmp_path, capsys):
     made = lookalike("openvid", tmp_path / "o")
     build("openvid", tmp_path / "o", tmp_path / "set")
     found = inspect(tmp_path / "set").to_dict()
+    assert "told apart by their bytes (SHA-256): two encodings of one film count as two" in repr(inspect(tmp_path / "set"))
+    assert "2, told apart by their addresses" in repr(inspect("world:2"))
     assert found["samples"] == made.samples and found["sizes"] == {"96x64": made.samples - 1, "64x96": 1}
     assert found["special"] == {"turned": 1, "variable rate": 1} and found["dropped"]["duplicate"][0] == 2
     json.dumps(found)

@@ -49,7 +49,8 @@ def test_unknown_key_names_the_nearest(tmp_path):
 
 
 @pytest.mark.parametrize("wrong, said", [(dict(rank=0), "at least 1"), (dict(lr=-1.0), "above 0"), (dict(caption_dropout=2.0), "0 to 1"), (dict(method="lorra"), "nearest: lora"),
-                                         (dict(freeze="patch_embed.*"), "targets"), (dict(steps=0), "at least 1")])
+                                         (dict(freeze="patch_embed.*"), "targets"), (dict(steps=0), "at least 1"), (dict(image_noise=-0.1), "image_noise is at least 0, not -0.1"), (dict(shift=-1.0), "shift is at least 0"),
+                                         (dict(weight_decay=-0.01), "weight_decay is at least 0"), (dict(lr=float("inf")), "lr is a finite number, above 0, not inf"), (dict(shift=float("inf")), "shift is a finite number, at least 0"), (dict(lr=float("nan")), "lr is above 0, not nan")])
 def test_wrong_values_are_refused(wrong, said):
     with pytest.raises(ValueError, match=said):
         Recipe(data="world:8", **wrong)
@@ -276,15 +277,91 @@ def test_wans_original_spelling_loads_in_diffusers(tmp_path, format):
         assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
+def deltas(file, up="lora_up", down="lora_down"):
+    "Layer -> what an exported adapter adds to its matrix."
+    found = load_file(file)
+    names = [k.removesuffix(".alpha") for k in found if k.endswith(".alpha")]
+    return {n.removeprefix("diffusion_model."): found[f"{n}.{up}.weight"] @ found[f"{n}.{down}.weight"] * (found[f"{n}.alpha"] / len(found[f"{n}.{down}.weight"])) for n in names}
+
+
+class Kept(dict):
+    "Of which nothing is taken: the converter empties what it is given, and then looks in there which Cosmos it was."
+    pop = dict.__getitem__
+
+
+@pytest.mark.parametrize("base", ["hunyuan-video", "cosmos-1-7b-text2world", "cosmos-2-2b-video2world"])
+def test_original_spellings_become_diffusers_by_its_own_converter(tmp_path, base):
+    "The converter of whole checkpoints, fed with what the adapter adds to each of its matrices."
+    from diffusers.loaders import single_file_utils as theirs
+
+    of = base.partition("-")[0]
+    gen = random_adapter(of, alpha=6.0)
+    saved = adapters.save_adapter(gen, tmp_path, name="mine", base=base)
+    mine = adapters.tensors(gen, "mine")
+    wanted = {k.removeprefix("transformer.").removesuffix(".lora_A.weight"): 3.0 * mine[k.replace("lora_A", "lora_B")] @ mine[k] for k in mine if "lora_A" in k}
+    added = deltas(adapters.export_adapter(saved.path, tmp_path / "x.safetensors", "comfyui"))
+    got = {}
+    for name in [n for n in added if n.endswith("linear1")]:  # the converter takes its width for granted, 3072
+        h, block = added[name].shape[1], name.replace("single_blocks", "single_transformer_blocks").removesuffix(".linear1")
+        q, k, v, mlp = added.pop(name).split([h, h, h, 4 * h])
+        got |= {f"{block}.attn.to_{p}": x for p, x in zip("qkv", (q, k, v))}
+        assert not mlp.any()
+    convert, prefix = (theirs.convert_hunyuan_video_transformer_to_diffusers, "") if of == "hunyuan" else (theirs.convert_cosmos_transformer_checkpoint_to_diffusers, "net.")
+    got |= {k.removesuffix(".weight"): v for k, v in convert((Kept if prefix else dict)({f"{prefix}{n}.weight": v for n, v in added.items()})).items()}
+    assert got.keys() == wanted.keys() and all(torch.allclose(got[k], wanted[k], atol=1e-4) for k in got)
+    assert len(got) >= 8
+
+
+def test_a_part_or_a_layer_that_has_no_original_name(tmp_path):
+    gen = random_adapter("hunyuan")
+    some = {k: v for k, v in adapters.tensors(gen, "mine").items() if "single_transformer_blocks.0.attn.to_v" in k}
+    saved = adapters.save_adapter(gen, tmp_path, name="mine", weights=some)
+    (name, delta), = deltas(adapters.export_adapter(saved.path, tmp_path / "x.safetensors", "original"), "lora_B", "lora_A").items()
+    h = delta.shape[1]
+    assert name == "single_blocks.0.linear1" and len(delta) == 7 * h and not delta[: 2 * h].any() and not delta[3 * h :].any() and delta[2 * h : 3 * h].any()
+    for layer, family_, base, said in (("x_embedder.proj", "hunyuan", "", "no name for it"), ("transformer_blocks.0.attn1.to_q", "cosmos", "mine", "Cosmos 1 or 2, which mine doesn't say"), ("transformer_blocks.0.attn1.to_q", "shapes", "", "does not know")):
+        with pytest.raises(ValueError, match=f"{said}.*--format diffusers"):
+            adapters.original(layer, family_, base)
+    with pytest.raises(ValueError, match="names of another program"):
+        adapters.export_adapter(adapters.export_adapter(saved.path, tmp_path / "c.safetensors", "comfyui"), tmp_path / "again.safetensors", "comfyui")
+
+
 def test_a_fused_original_is_refused(tmp_path):
     saved = adapters.save_adapter(random_adapter(), tmp_path, name="mine")
-    with pytest.raises(ValueError, match="one matrix for query, key and value"):
+    with pytest.raises(ValueError, match="one matrix for query, key and value: use --format diffusers, whose names ComfyUI's nodes"):
         adapters.export_adapter(saved.path, tmp_path / "x.safetensors", "original")
     with pytest.raises(ValueError, match="nearest: diffusers"):
         adapters.export_adapter(saved.path, tmp_path / "x.safetensors", "difusers")
     adapters.export_adapter(saved.path, tmp_path / "x.safetensors")
     with pytest.raises(FileExistsError):
         adapters.export_adapter(saved.path, tmp_path / "x.safetensors")
+
+
+def test_merged_replaces_a_model_and_nothing_else(tmp_path, whole, monkeypatch):
+    import shutil
+
+    for name in ("films", "run"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "films" / "holiday.mp4").write_bytes(b"mine")
+    (tmp_path / "file").write_bytes(b"mine")
+    file = Path(shutil.copy(whole.adapter.path, tmp_path / "run"))
+    for out, said in (("films", "no model's folder"), ("file", "no model's folder"), ("run", "holds the adapter itself"), (".", "holds the adapter itself")):
+        with pytest.raises(FileExistsError, match=said):
+            adapters.export_adapter(file, tmp_path / out, "merged", overwrite=True)
+    assert (tmp_path / "films" / "holiday.mp4").read_bytes() == b"mine" == (tmp_path / "file").read_bytes()
+    (tmp_path / "empty").mkdir()
+    out = adapters.export_adapter(file, tmp_path / "empty", "merged", overwrite=True)
+    (out / "old.txt").write_text("of the model before")
+    with pytest.raises(FileExistsError, match="--overwrite"):
+        adapters.export_adapter(file, out, "merged")
+    with monkeypatch.context() as broken:
+        broken.setattr("vidgen.models.family.save_parts", lambda parts, folder: Path(folder).mkdir() or 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            adapters.export_adapter(file, out, "merged", overwrite=True)
+    assert (out / "old.txt").exists() and vidgen.load(out).weights
+    adapters.export_adapter(file, out, "merged", overwrite=True)
+    assert not (out / "old.txt").exists() and vidgen.load(out).weights
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["empty", "file", "films", "run"]
 
 
 def test_an_adapter_of_another_base_is_refused_with_the_reason(tmp_path):
@@ -468,7 +545,7 @@ def test_a_stopped_run_ends_at_the_same_bits(tmp_path, whole):
     until(lambda: json.loads((the_run(tmp_path) / "manifest.json").read_text())["process"]["pid"] == child.pid or child.poll() is not None)
     child.send_signal(signal.SIGTERM)
     out = child.communicate(timeout=120)[0]
-    assert child.returncode == 75 and "--resume" in out, out
+    assert child.returncode == 75 and "is saved. Go on: vidgen train --resume" in " ".join(out.split()), out
     assert runs.Run.open(the_run(tmp_path)).status == "canceled"
     child = started(tmp_path, "--resume", the_run(tmp_path))
     out = child.communicate(timeout=170)[0]
@@ -478,6 +555,44 @@ def test_a_stopped_run_ends_at_the_same_bits(tmp_path, whole):
     a, b = load_file(whole.adapter.path), load_file(the_run(tmp_path) / "adapter" / adapters.FILE)
     assert all(torch.equal(a[k], b[k]) for k in a)
     assert runs.Run.open(the_run(tmp_path)).status == "succeeded"
+
+
+def test_a_stopped_run_says_what_is_saved(tmp_path, capsys):
+    from vidgen.train.command import _stopped
+
+    run = runs.Run.create("train", {}, root=tmp_path, trackers=[])
+    said = lambda: (_stopped(run, "SIGTERM"), " ".join(capsys.readouterr().err.split()))
+    status, err = said()
+    assert status == 75 and "no checkpoint yet" in err and "Begin again: vidgen train --resume" in err and "is saved" not in err, err
+    (run.path / "checkpoints").mkdir()
+    (run.path / "checkpoints" / "step-00000002.safetensors").touch()
+    assert "step-00000002 is saved. Go on: vidgen train --resume" in said()[1]
+
+
+@pytest.mark.slow
+def test_a_run_stopped_before_its_first_checkpoint_says_so(tmp_path):
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(TINY | dict(data="world:200")))
+    child = started(tmp_path, tmp_path / "r.yaml")
+    until(lambda: list(tmp_path.glob("train-*/manifest.json")) or child.poll() is not None)
+    child.send_signal(signal.SIGTERM)
+    out = " ".join(child.communicate(timeout=120)[0].split())
+    assert child.returncode == 75 and "no checkpoint yet" in out and "Begin again: vidgen train --resume" in out, out
+    assert not Shelf(the_run(tmp_path) / "checkpoints").last and runs.Run.open(the_run(tmp_path)).status == "canceled"
+    assert trainer.reopened(the_run(tmp_path))[0].data == "world:200"
+
+
+@pytest.mark.slow
+def test_a_team_that_is_asked_to_stop_leaves_its_word_in_the_manifest(tmp_path):
+    "torchrun passes SIGTERM on and no code back."
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(TINY | dict(steps=2000, device="cpu")))
+    (tmp_path / "go.py").write_text("from vidgen.cli import console; console()")
+    words, env = command(VIDGEN_STORAGE_RUNS=str(tmp_path), ACCELERATE_USE_CPU="true")
+    child = subprocess.Popen([words[0], "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(tmp_path / "go.py"), "train", str(tmp_path / "r.yaml")], env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    until(lambda: list(tmp_path.glob("train-*/checkpoints/step-*.safetensors")) or child.poll() is not None)
+    child.send_signal(signal.SIGTERM)
+    out = child.communicate(timeout=120)[0]
+    assert child.returncode == 1 and "Traceback" in out, out
+    assert runs.Run.open(the_run(tmp_path)).status == "canceled" and Shelf(the_run(tmp_path) / "checkpoints", 2).last
 
 
 def test_a_resume_of_another_kind_is_refused(whole):
@@ -633,13 +748,54 @@ def test_what_can_t_be_trained(tmp_path, wrong, said):
 
 def test_missing_captions_and_short_clips(tmp_path, monkeypatch):
     clips = [Sample(f"world:{i}", "" if i == 1 else "a star") for i in range(3)]
-    monkeypatch.setattr(trainer, "open_manifest", lambda address: Manifest(tuple(clips)))
+    monkeypatch.setattr(trainer, "open_manifest", lambda address: Manifest(tuple(clips) if address == TINY["data"] else (Sample("world:9", "a star"),)))
     with pytest.raises(ValueError, match="data: world:1 has no caption, sample 1: give"):
         trainer.manifests(Recipe(**TINY))
     short = vidgen.Clip(np.zeros((5, 64, 96, 3), np.uint8), fps=8)
-    monkeypatch.setattr(trainer, "open_manifest", lambda address: Manifest((Sample(short, "a star"),)))
+    monkeypatch.setattr(trainer, "open_manifest", lambda address: Manifest((Sample(short if address == TINY["data"] else "world:9", "a star"),)))
     with pytest.raises(ValueError, match="it gives 5 frames and the buckets take 17: name a bucket for it, e.g. 1x64x96"):
         trainer.prepared(Recipe(**TINY), vidgen.load("shapes-t2v"), tmp_path)
+
+
+def test_no_film_is_held_that_is_learned_from(tmp_path, monkeypatch):
+    def told(first, films, times=2):
+        return Manifest(tuple(Sample(f"world:{first + i}", f"{k} a star") for i in range(films) for k in range(times)))
+
+    sets = {"man": told(0, 15), "apart": told(40, 3), "some": told(14, 3), "one": told(0, 1)}
+    monkeypatch.setattr(trainer, "open_manifest", lambda address: sets[address])
+    for wrong, said in ((dict(held="man"), "each film of man is learned from too"), (dict(held="apart", replay="apart"), r"learned from too \(man, apart\)"),
+                        (dict(data="one", held=""), "one is a single film")):
+        with pytest.raises(ValueError, match=said):
+            trainer.manifests(Recipe(**TINY | dict(data="man") | wrong))
+    found = trainer.manifests(Recipe(**TINY | dict(data="man", held="", held_clips=4)))
+    assert found["held"] and len(found["data"]) % 2 == 0 and not {s.media for s in found["data"]} & {s.media for s in found["held"]}
+    with pytest.warns(UserWarning, match="2 of 6 samples show films that are learned from"):
+        found = trainer.manifests(Recipe(**TINY | dict(data="man", held="some")))
+    assert [(s.media, s.caption[0]) for s in found["held"]] == [("world:15", "0"), ("world:16", "0"), ("world:15", "1"), ("world:16", "1")]
+
+
+@pytest.mark.parametrize("left, said", [("", "Expecting value"), ('{"recipe": {"da', "Unterminated"), ("[]", "says nothing"), ("{}", "says nothing")])
+def test_a_damaged_note_of_a_run_is_named_with_what_helps(tmp_path, left, said, capsys):
+    from vidgen.cli import main
+
+    with runs.Run.create("train", Recipe(**TINY).to_dict(), root=tmp_path, trackers=[]) as run:
+        run.finish()
+    (run.path / trainer.IDENTITY).write_text(left)
+    assert main(["train", "--resume", str(run.path)]) == 2
+    err = " ".join(capsys.readouterr().err.split())
+    assert "training.json is damaged" in err and said in err and "begin a new run" in err, err
+
+
+def test_the_note_of_a_run_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    run = runs.Run.create("train", {}, root=tmp_path, trackers=[])
+    now = {"recipe": Recipe(**TINY).to_dict(), "model_hash": "a" * 64, "data_hash": "b" * 64, "processes": 1}
+    state = type("state", (), {"step": 0})()
+    trainer._noted(run, now, state)
+    monkeypatch.setattr(Path, "write_text", lambda self, text: open(self, "w").write(text[:9]) and 1 / 0)
+    monkeypatch.setattr(Path, "write_bytes", lambda self, data: open(self, "wb").write(data[:9]) and 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        trainer._noted(run, now | {"processes": 2}, state)
+    assert trainer.noted(run.path) == now
 
 
 def test_films_and_report_are_told_and_a_repeated_step_replaces_its_films(tmp_path):
@@ -947,6 +1103,8 @@ def test_a_set_nobody_knows_names_the_nearest_and_where_all_are(tmp_path, capsys
     assert json.loads(capsys.readouterr().out) == Recipe().to_dict()
     assert main(["train", "--check", "--set", "rank", "3"]) == 0 and '"rank": 3' in capsys.readouterr().out
     assert main(["train", "--resume", str(tmp_path), "--check"]) == 2 and "training.json" in capsys.readouterr().err
+    assert main(["train", "--help"]) == 0
+    assert "look for status canceled" in " ".join(capsys.readouterr().out.replace("│", " ").split())
 
 
 def test_validate_and_adapter_commands(tmp_path, whole, monkeypatch, capsys):

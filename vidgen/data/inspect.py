@@ -109,6 +109,8 @@ def _lines(summary: "Summary") -> list[tuple[str, str]]:
     for label, value in summary.facts.items():
         if label == "dropped":
             out += [(f"dropped {n:,}", f"{reason}   e.g. {example}") for reason, (n, example) in value.items()]
+        elif label == "films":
+            out.append((label, f"{value:,}, told apart by {_apart(summary.manifest)}: two encodings of one film count as two"))
         elif label == "captions":
             words = value["words"] or {}
             out.append((label, f"{value['different']:,} different; words {_five(words) if words else '-'}; {value['none']:,} empty; {value['not ascii']:,} not ASCII; most often begin {value['commonest beginning'][0]!r} ({value['commonest beginning'][1]:,})"))
@@ -119,6 +121,12 @@ def _lines(summary: "Summary") -> list[tuple[str, str]]:
         else:
             out.append((label, _number(value) if isinstance(value, (int, float)) else str(value)))
     return out
+
+
+def _apart(manifest: Manifest) -> str:
+    "What a film is known by."
+    known = sum("sha256" in s.facts for s in manifest)
+    return "their bytes (SHA-256)" if known == len(manifest) else "their addresses" if not known else f"their bytes (SHA-256) where known, in {known:,} samples, else by their addresses"
 
 
 def _five(v: dict) -> str:

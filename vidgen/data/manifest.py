@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SCHEMES', 'FIXED', 'COLUMNS', 'TABLES', 'Sample', 'windowed', 'Manifest', 'content', 'line', 'to_row', 'from_row',
            'write_table', 'json_rows', 'csv_rows', 'parquet_rows', 'table_rows', 'from_cells', 'beside',
-           'read_manifest', 'split']
+           'read_manifest', 'film', 'split']
 
 # %% ../../nbs/40_data/41_manifest.ipynb #7a5a7171
 import csv
@@ -286,11 +286,19 @@ def read_manifest(path: Path | str) -> Manifest:
     return Manifest(tuple(samples), path.stem)
 
 # %% ../../nbs/40_data/41_manifest.ipynb #52b96ab8
+def film(sample: Sample) -> str:
+    "What names the film a sample shows, whatever is said of it: its SHA-256 where known, else that of its file or clip, else its address."
+    media = sample.facts.get("sha256") or content(sample.media)
+    return media.hash if isinstance(media, Clip) else media
+
+# %% ../../nbs/40_data/41_manifest.ipynb #830ebed6
 def split(manifest: Manifest, share: float = 0.1) -> tuple[Manifest, Manifest]:
-    "Two manifests, about `1 - share` and `share` of the samples; each sample's side follows from its own line."
+    "Two manifests, about `1 - share` and `share` of the films, at least one of each where there are two; the side of a film follows from what it shows. ValueError for a share outside 0 to 1."
     if not 0 < share < 1:
         raise ValueError(f"share is the part that goes into the second manifest, between 0 and 1, not {share}")
-    sides: tuple[list, list] = ([], [])
-    for s in manifest:
-        sides[int.from_bytes(hashlib.sha256(line(s).encode()).digest()[:8]) < share * 2**64].append(s)
-    return tuple(Manifest(tuple(side), manifest.name) for side in sides)
+    films = [film(s) for s in manifest]
+    place = {f: int.from_bytes(hashlib.sha256(f.encode()).digest()[:8]) for f in films}
+    line_up = sorted(place, key=place.get)
+    count = sum(place[f] < share * 2**64 for f in line_up)
+    second = set(line_up[: min(max(count, 1), len(line_up) - 1)])
+    return tuple(Manifest(tuple(s for s, f in zip(manifest, films, strict=True) if (f in second) == side), manifest.name) for side in (False, True))

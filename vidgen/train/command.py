@@ -18,7 +18,7 @@ REQUEUE = 75
 # %% ../../nbs/50_train/59_command.ipynb #7f038d7a
 def train(
     file: Annotated[str | None, typer.Argument(help="A recipe: a YAML file of `name: value` lines.", show_default=False)] = None,
-    resume: Annotated[str | None, typer.Option("--resume", help="The folder of a run to go on with, exactly; or s3://bucket/prefix/RUN.", show_default=False)] = None,
+    resume: Annotated[str | None, typer.Option("--resume", help="The folder of a run to go on with, exactly; or s3://bucket/prefix/RUN. Status 75 says that a run was asked to stop; torchrun and accelerate launch don't pass it on: look for status canceled in the run's manifest.json.", show_default=False)] = None,
     change: Annotated[list[str] | None, typer.Option("--set", "-s", metavar="NAME VALUE", help="A line of the recipe; again for more.", show_default=False)] = None,
     force: Annotated[bool, typer.Option("--force", help="Go on although model, data or settings are others.")] = False,
     ray_workers: Annotated[int, typer.Option("--ray-workers", help="Train on a Ray cluster with so many workers.", min=0, show_default=False)] = 0,
@@ -27,7 +27,7 @@ def train(
     check: Annotated[bool, typer.Option("--check", help="Print the recipe and stop; without a file that of the defaults, which has every key.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> int:
-    "Train an adapter or a model by a recipe. Status 75: stopped after a checkpoint, run it again with --resume."
+    "Train an adapter or a model by a recipe. Status 75: asked to stop, go on with --resume."
     from vidgen.errors import Canceled
     from vidgen.progress import Cancel, asked_to_stop
     from vidgen.train import config
@@ -93,8 +93,11 @@ def _on_ray(file, resume, given: dict, made: list, *, workers: int, address: str
 
 def _stopped(run, why: str) -> int:
     from vidgen.cli import say
+    from vidgen.train.loop import Shelf
 
-    say("stopped", f"{why}; a checkpoint was written. Go on: vidgen train --resume {run.path}", colour="yellow")
+    last = Shelf(run.path / "checkpoints", 1).last
+    kept = f"{last.stem} is saved. Go on" if last else "there is no checkpoint yet, and what is encoded is kept. Begin again"
+    say("stopped", f"{why}; {kept}: vidgen train --resume {run.path}", colour="yellow")
     return 130 if why == "SIGINT" else REQUEUE
 
 

@@ -27,7 +27,7 @@ class _Fields:
     "What a recipe says, with the defaults."
     model: str = "shapes-t2v"          # a name of `vidgen models`, or a folder
     data: str = ""                     # what to learn: an address such as brand:200, or a manifest
-    held: str = ""                     # what measures it and is never learned from; "": one part in ten of data
+    held: str = ""                     # what measures it and is never learned from; "": one film in ten of data
     latents: str = "drawn"             # from their posterior; or its mean, which is what the shapes models were taught
     buckets: tuple = ()                # FRAMESxHEIGHTxWIDTH of what is learned; (): the model's own size
     replay: str = ""                   # data the model knows already, mixed in so that it is not forgotten
@@ -87,7 +87,7 @@ class _Fields:
 
 # %% ../../nbs/50_train/53_config.ipynb #bb5c8254
 LEAST = {"rank": 1, "steps": 1, "batch": 1, "accumulate": 1, "warmup": 0, "log_every": 1, "save_every": 1, "validate_every": 0, "sample_every": 0, "keep": 1,
-         "noise_levels": 1, "held_clips": 1, "patience": 0, "prompts": 0, "inference_steps": 0, "seed": 0, "shards": 0}
+         "noise_levels": 1, "held_clips": 1, "patience": 0, "prompts": 0, "inference_steps": 0, "seed": 0, "shards": 0, "image_noise": 0, "shift": 0, "weight_decay": 0}
 SHARES = ("replay_share", "caption_dropout", "image_dropout", "floor", "ema")
 POSITIVE = ("alpha", "lr", "gamma", "clip")
 
@@ -126,6 +126,8 @@ class Recipe(_Fields):
                 raise ValueError(f"{name} is {f'at least {low}' if high > 1 else 'a share, 0 to 1'}, not {getattr(self, name)}")
         if wrong := [n for n in POSITIVE if not getattr(self, n) > 0]:
             raise ValueError(f"{wrong[0]} is above 0, not {getattr(self, wrong[0])}")
+        if wrong := [f.name for f in fields(_Fields) if getattr(self, f.name) == float("inf")]:
+            raise ValueError(f"{wrong[0]} is a finite number, {'above' if wrong[0] in POSITIVE else 'at least'} 0, not {getattr(self, wrong[0])}")
         if self.freeze and self.method == "lora":
             raise ValueError("freeze chooses weights of a full training; an adapter leaves all of them alone: choose its layers by targets, or method: full")
         if self.init_adapter and self.method != "lora":
