@@ -81,6 +81,12 @@ def test_head_is_answered_wherever_get_is(http, service):
         assert asked.get("/health/live").status_code == 200  # on the same connection
 
 
+def test_media_types_are_the_same_in_capitals(http):
+    said = http.post("/generate-video", content=json.dumps({"prompt": PROMPT}), headers={"Content-Type": "Application/JSON; Charset=UTF-8", "Prefer": "respond-async"})
+    job = http.get(f"/v1/jobs/{said.json()['job_id']}").json()
+    assert said.status_code == 202 and "score" not in job["spec"] and "mode" not in job["spec"]  # as for a form
+
+
 def test_one_key_is_one_job(http):
     send = lambda prompt: http.post("/v1/jobs", json={"spec": {"prompt": prompt}}, headers={"Idempotency-Key": "k1"})  # noqa: E731
     first, again, other = send(PROMPT), send(PROMPT), send("another prompt")

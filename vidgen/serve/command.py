@@ -10,6 +10,7 @@ __all__ = ['FOLDERS', 'jobs_app', 'Config', 'Database', 'AsJson', 'Ids', 'keys_a
 # %% ../../nbs/70_serve/79_command.ipynb #67b8ef1a
 import contextlib
 import ipaddress
+import itertools
 import json
 import logging
 import os
@@ -157,6 +158,8 @@ def room(most: int) -> int:
 def patient(base: type, seconds: float, most: int) -> type:
     "The HTTP protocol `base` of uvicorn, that waits so long for a request's header, and holds so many connections that wait."
 
+    turns = itertools.count()
+
     class Patient(base):
         late = None  # closes the connection; there while no request is being answered
 
@@ -164,7 +167,7 @@ def patient(base: type, seconds: float, most: int) -> type:
             super().connection_made(transport)
             self._wait()
             if len(self.connections) > most and (silent := [c for c in self.connections if getattr(c, "late", None) and c is not self]):
-                min(silent, key=lambda c: c.late.when()).give_up()
+                min(silent, key=lambda c: c.turn).give_up()
 
         def data_received(self, data):
             super().data_received(data)
@@ -183,7 +186,7 @@ def patient(base: type, seconds: float, most: int) -> type:
             if answering or self.transport.is_closing() or self.transport.get_protocol() not in (self, None):
                 self._rest()  # the protocol is another one after an upgrade to WebSocket
             elif self.late is None:
-                self.late = self.loop.call_later(seconds, self.give_up)
+                self.late, self.turn = self.loop.call_later(seconds, self.give_up), next(turns)
 
         def _rest(self):
             if self.late:
