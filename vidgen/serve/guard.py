@@ -148,42 +148,7 @@ def refusal(scope: dict, rules: Rules) -> Problem | None:
         return Problem(413, "too_large", f"{scope['path'][:80]} takes at most {cap(scope['path']) / MB:g} MB")
     return None
 
-# %% ../../nbs/70_serve/782_guard.ipynb #76c89363
-class Guard:
-    "An ASGI application around another: checks, counts, names and times every request. A request's id is the client's `X-Request-ID` if it is a plain one."
-
-    def __init__(self, app, rules: Rules):
-        self.app, self.rules, self.open = app, rules, 0
-
-    async def __call__(self, scope, receive, send):
-        if scope["type"] not in ("http", "websocket"):
-            return await self.app(scope, receive, send)
-        if head := scope.get("method") == "HEAD":
-            scope = {**scope, "method": "GET"}  # no route knows HEAD: it gets what GET gets, but for the body
-        given = dict(scope["headers"]).get(b"x-request-id", b"").decode("latin-1")
-        scope.setdefault("state", {})["request_id"] = name = given if re.fullmatch(r"[\w.-]{1,64}", given) else uuid.uuid4().hex
-        visit = _Visit(scope, receive, send, self.rules, name, head)
-        self.open += 1
-        try:
-            if problem := refusal(scope, self.rules) or self._full(scope):
-                raise problem
-            await self.app(scope, visit.receive, visit.send)
-        except Problem as problem:
-            await visit.refuse(problem)
-        except Exception as err:
-            if not visit.cut:
-                self.rules.failed(scope, err)
-                await visit.refuse(Problem(500, "internal", "this was not foreseen; the log of the service has it under the request's id"))
-        finally:
-            self.open -= 1
-            visit.done()
-
-    def _full(self, scope: dict) -> Problem | None:
-        if self.open > self.rules.open and not scope["path"].startswith("/health"):
-            return Problem(503, "service_busy", f"{self.rules.open} requests are open, and no more are taken now", after=1)
-        return None
-
-
+# %% ../../nbs/70_serve/782_guard.ipynb #3b380acf
 class _Visit:
     "One request: counts what comes in and dresses what goes out."
 
@@ -251,6 +216,41 @@ class _Visit:
 
     def done(self):
         self.rules.seen(self.scope, self.status, time.monotonic() - self.start)
+
+# %% ../../nbs/70_serve/782_guard.ipynb #76c89363
+class Guard:
+    "An ASGI application around another: checks, counts, names and times every request. A request's id is the client's `X-Request-ID` if it is a plain one."
+
+    def __init__(self, app, rules: Rules):
+        self.app, self.rules, self.open = app, rules, 0
+
+    async def __call__(self, scope, receive, send):
+        if scope["type"] not in ("http", "websocket"):
+            return await self.app(scope, receive, send)
+        if head := scope.get("method") == "HEAD":
+            scope = {**scope, "method": "GET"}  # no route knows HEAD: it gets what GET gets, but for the body
+        given = dict(scope["headers"]).get(b"x-request-id", b"").decode("latin-1")
+        scope.setdefault("state", {})["request_id"] = name = given if re.fullmatch(r"[\w.-]{1,64}", given) else uuid.uuid4().hex
+        visit = _Visit(scope, receive, send, self.rules, name, head)
+        self.open += 1
+        try:
+            if problem := refusal(scope, self.rules) or self._full(scope):
+                raise problem
+            await self.app(scope, visit.receive, visit.send)
+        except Problem as problem:
+            await visit.refuse(problem)
+        except Exception as err:
+            if not visit.cut:
+                self.rules.failed(scope, err)
+                await visit.refuse(Problem(500, "internal", "this was not foreseen; the log of the service has it under the request's id"))
+        finally:
+            self.open -= 1
+            visit.done()
+
+    def _full(self, scope: dict) -> Problem | None:
+        if self.open > self.rules.open and not scope["path"].startswith("/health"):
+            return Problem(503, "service_busy", f"{self.rules.open} requests are open, and no more are taken now", after=1)
+        return None
 
 # %% ../../nbs/70_serve/782_guard.ipynb #604b1604
 MOST_PIXELS, KEPT_PIXELS = 25_000_000, 4_000_000  # of what is sent; of what is kept

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['DAY', 'HOUR', 'TIERS', 'OURS', 'FINISHED', 'MARK', 'log', 'tiers', 'kept_until', 'staging', 'sha256', 'described',
            'move', 'place', 'add', 'place_all', 'finished', 'clear', 'refuse_full', 'statistics', 'keep', 'of_stage',
-           'remove', 'orphans', 'pinned', 'belongs', 'refuse_foreign', 'sweep']
+           'remove', 'pinned', 'orphans', 'belongs', 'refuse_foreign', 'sweep']
 
 # %% ../../nbs/70_serve/73_storage.ipynb #c909e1b0
 import hashlib
@@ -184,28 +184,6 @@ def remove(jobs, paths: Iterable[str | Path]) -> int:
     return gone
 
 # %% ../../nbs/70_serve/73_storage.ipynb #85572aef
-def _alive(ledger: Ledger) -> set[tuple[str, int]]:
-    "Job and fence of everything that runs."
-    sa, t = need("sqlalchemy", "serve"), ledger.t.job.c
-    return set(ledger.run(sa.select(t.id, t.fence).where(t.state == "running")).all())
-
-
-def _strays(jobs) -> list[Path]:
-    "Files no row speaks of. The folders are read before the rows: a file whose row is committed meanwhile is not among them."
-    there = [p for tier in TIERS for p in (jobs.root / tier).rglob("*") if p.is_file()]
-    sa = need("sqlalchemy", "serve")
-    with jobs.reading() as ledger:
-        t = ledger.t.artifact.c
-        known, alive = set(ledger.run(sa.select(t.path).where(t.removed_at.is_(None))).scalars()), _alive(ledger)
-    held = lambda p: (m := OURS.fullmatch(p.name)) and m["job"] and (m["job"], int(m["fence"])) in alive
-    return [p for p in there if str(p.relative_to(jobs.root)) not in known and not held(p)]
-
-
-def orphans(jobs) -> list[Path]:
-    "See `Jobs.orphans`."
-    return sorted(_strays(jobs))
-
-
 def pinned(ledger: Ledger) -> set[str]:
     "Ids of the files that an unfinished job was given: they stay, however old."
     sa, t = need("sqlalchemy", "serve"), ledger.t.job.c
@@ -226,6 +204,28 @@ def _overdue(jobs) -> int:
         gone += remove(jobs, [r.path for r in due])
         if not due:
             return gone
+
+# %% ../../nbs/70_serve/73_storage.ipynb #53447cad
+def _alive(ledger: Ledger) -> set[tuple[str, int]]:
+    "Job and fence of everything that runs."
+    sa, t = need("sqlalchemy", "serve"), ledger.t.job.c
+    return set(ledger.run(sa.select(t.id, t.fence).where(t.state == "running")).all())
+
+
+def _strays(jobs) -> list[Path]:
+    "Files no row speaks of. The folders are read before the rows: a file whose row is committed meanwhile is not among them."
+    there = [p for tier in TIERS for p in (jobs.root / tier).rglob("*") if p.is_file()]
+    sa = need("sqlalchemy", "serve")
+    with jobs.reading() as ledger:
+        t = ledger.t.artifact.c
+        known, alive = set(ledger.run(sa.select(t.path).where(t.removed_at.is_(None))).scalars()), _alive(ledger)
+    held = lambda p: (m := OURS.fullmatch(p.name)) and m["job"] and (m["job"], int(m["fence"])) in alive
+    return [p for p in there if str(p.relative_to(jobs.root)) not in known and not held(p)]
+
+
+def orphans(jobs) -> list[Path]:
+    "See `Jobs.orphans`."
+    return sorted(_strays(jobs))
 
 
 def _missing(jobs) -> None:
