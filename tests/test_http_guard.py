@@ -532,6 +532,25 @@ def test_small_files_of_many_pixels_take_little_memory(tmp_path):
     assert said == str([201] * 4 + [422] * 6) and int(more) < 60_000, made.stdout  # a text-to-video model takes no picture; KiB
 
 
+def test_pictures_that_wait_are_few_and_hold_nobody_up(service, monkeypatch):
+    import threading
+    from concurrent.futures import ThreadPoolExecutor
+
+    import httpx
+
+    go, real = threading.Event(), guard.redraw
+    monkeypatch.setattr(guard, "redraw", lambda data: go.wait(30) and real(data))
+    with served(service) as address, ThreadPoolExecutor(64) as many:
+        sent = [many.submit(httpx.post, f"{address}/v1/uploads", files={"image": ("a.png", image(), "image/png")}, timeout=30) for _ in range(50)]
+        until = time.monotonic() + 30
+        while sum(s.done() for s in sent) < 50 - guard.MOST_WAITING and time.monotonic() < until:
+            time.sleep(0.02)
+        read = httpx.get(f"{address}/v1/jobs", timeout=10)
+        go.set()
+        said = sorted(s.result().status_code for s in sent)
+    assert read.status_code == 200 and said == [201] * guard.MOST_WAITING + [503] * (50 - guard.MOST_WAITING) and not guard._waiting
+
+
 def test_errors_do_not_tell_where_files_lie(service):
     from vidgen.serve.records import Unavailable
     from vidgen.serve.service import problem

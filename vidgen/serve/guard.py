@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['ROUTES', 'MB', 'IMAGE_BYTES', 'VIDEO_BYTES', 'CAPS', 'BODY_SECONDS', 'SEND_SECONDS', 'HEADERS', 'MOST_PIXELS',
-           'KEPT_PIXELS', 'FETCH_SECONDS', 'HOPS', 'Problem', 'without_folders', 'as_problem', 'as_openai', 'host_name',
-           'host_is_ours', 'origin_is_ours', 'cap', 'Rules', 'refusal', 'Guard', 'redraw', 'redrawn', 'public_address',
-           'permitted', 'fetch']
+           'KEPT_PIXELS', 'MOST_WAITING', 'FETCH_SECONDS', 'HOPS', 'Problem', 'without_folders', 'as_problem',
+           'as_openai', 'host_name', 'host_is_ours', 'origin_is_ours', 'cap', 'Rules', 'refusal', 'Guard', 'redraw',
+           'redrawn', 'public_address', 'permitted', 'fetch']
 
 # %% ../../nbs/70_serve/782_guard.ipynb #fa7485f7
 import asyncio
@@ -293,12 +293,19 @@ def _upright(image):
     return ImageOps.exif_transpose(drawn if drawn.size == fit else drawn.resize(fit, reducing_gap=2.0))
 
 
+MOST_WAITING, _waiting = 16, []  # pictures that wait in memory to be drawn
 _painter = ThreadPoolExecutor(1, thread_name_prefix="vidgen-redraw")
 
 
 async def redrawn(data: bytes) -> bytes:
-    "`redraw`, one picture at a time. Errors: the same."
-    return await asyncio.get_running_loop().run_in_executor(_painter, redraw, data)
+    "`redraw`, one picture at a time. Errors: the same, and Problem 503 when too many wait."
+    if len(_waiting) >= MOST_WAITING:
+        raise Problem(503, "service_busy", f"{MOST_WAITING} pictures are being read, and no more are taken now", after=5)
+    _waiting.append(id(data))
+    try:
+        return await asyncio.get_running_loop().run_in_executor(_painter, redraw, data)
+    finally:
+        _waiting.remove(id(data))
 
 # %% ../../nbs/70_serve/782_guard.ipynb #a95f7c97
 def public_address(
