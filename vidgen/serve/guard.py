@@ -119,9 +119,9 @@ class Rules:
     keyless: Callable[[], bool] = lambda: True
     seen: Callable[[dict, int, float], None] = lambda scope, status, seconds: None  # told about every answer
     failed: Callable[[dict, Exception], None] = lambda scope, err: None       # told about what nobody foresaw
+    open: int = 1000  # requests, streams and WebSockets at once; /health is answered beyond
     body_seconds: float = BODY_SECONDS
     send_seconds: float = SEND_SECONDS
-    open: int = 1000  # requests, streams and WebSockets at once; /health is answered beyond
 
 
 HEADERS = {b"x-content-type-options": b"nosniff", b"referrer-policy": b"no-referrer", b"cross-origin-resource-policy": b"same-origin", b"x-frame-options": b"DENY",

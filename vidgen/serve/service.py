@@ -399,10 +399,15 @@ class Service:
 
     def _check_upload(self, who: Caller, name: str | None) -> None:
         try:
-            if name is not None and self.jobs.kept(name, who.owner).gone:
+            if name is not None and self._over(self.jobs.kept(name, who.owner)):
                 raise NotFound(name)
         except NotFound:
             raise Problem(422, "unknown_image", "there is no such file of yours (any more); POST /v1/uploads gives an id", param="image") from None
+
+    def _over(self, kept) -> bool:
+        "Is the time of a file over? It may still lie there, for a job that came earlier."
+        with self.jobs.reading() as ledger:
+            return kept.gone or kept.expires_at <= ledger.now
 
     def _check_quota(self, who: Caller) -> None:
         most = self.settings.serve.device_seconds_per_day
