@@ -5,9 +5,10 @@ import threading
 import time
 import zipfile
 
+import httpx
 import pytest
 from PIL import Image
-from serving import PROMPT, client, finish, take
+from serving import PROMPT, client, finish, served, take
 
 from vidgen.serve.auth import Caller
 
@@ -42,10 +43,48 @@ def test_ranges_and_etags(http, service):
     url = f"/v1/jobs/{job['id']}/artifacts/video.mp4"
     part = http.get(url, headers={"Range": "bytes=2-4"})
     assert (part.status_code, part.content, part.headers["content-range"]) == (206, b"234", "bytes 2-4/10")
-    assert http.get(url, headers={"Range": "bytes=20-"}).status_code == 416
     whole = http.get(url)
     assert whole.headers["accept-ranges"] == "bytes" and http.get(url, headers={"If-None-Match": whole.headers["etag"]}).status_code == 304
     assert http.get(url, params={"download": True}).headers["content-disposition"].startswith("attachment")
+
+
+def test_what_a_range_can_not_be(http, service):
+    "Another unit than bytes is not understood and so ignored; what is wrong or beyond the end is a problem like any other."
+    job = ask(http)
+    finish(service, b"0123456789")
+    url = f"/v1/jobs/{job['id']}/artifacts/video.mp4"
+    for unit in ("items=0-5", "lines=1", "nonsense"):
+        assert (whole := http.get(url, headers={"Range": unit})).status_code == 200 and whole.content == b"0123456789"
+    for said, status in (("bytes=20-", 416), ("bytes=x-y,", 400), ("bytes=5-2", 400)):
+        wrong = http.get(url, headers={"Range": said})
+        assert (wrong.status_code, wrong.headers["content-type"], wrong.json()["code"]) == (status, "application/problem+json", "bad_range")
+        assert wrong.headers.get("content-range") == ("bytes */10" if status == 416 else None)
+    tag = http.get(url).headers["etag"]
+    assert [http.get(url, headers={"If-None-Match": asked}).status_code for asked in ("*", f'"other", W/{tag}', '"other"')] == [304, 304, 200]
+
+
+def test_head_is_answered_wherever_get_is(http, service):
+    job = ask(http)
+    finish(service, bytes(200_000))
+    job = http.get(job["links"]["self"]).json()
+    for path in ("/", "/docs", "/openapi.json", "/health/live", "/metrics", "/static/app.js", f"/video/{job['id']}", f"/v1/jobs/{job['id']}", job["links"]["video"], "/v1/jobs", "/v1/jobs/none"):
+        whole, head = http.get(path), http.head(path)
+        same = ("content-type", "etag", "accept-ranges", "content-disposition", *(("content-length",) if path not in ("/metrics", "/v1/jobs/none") else ()))
+        assert head.status_code == whole.status_code and head.content == b"" and [head.headers.get(n) for n in same] == [whole.headers.get(n) for n in same], path
+    assert http.head("/generate").status_code == 405 and all("head" not in methods for methods in http.get("/openapi.json").json()["paths"].values())
+    with served(service) as address:
+        asked = httpx.Client(base_url=address)
+        assert asked.head(job["links"]["video"]).headers["content-length"] == "200000"
+        assert asked.head(job["links"]["video"], headers={"Range": "bytes=0-9"}).headers["content-length"] == "10"
+        running = ask(http)
+        assert asked.head(running["links"]["events"], headers={"Accept": "text/event-stream"}, timeout=5).status_code == 200  # and doesn't stay
+        assert asked.get("/health/live").status_code == 200  # on the same connection
+
+
+def test_media_types_are_the_same_in_capitals(http):
+    said = http.post("/generate-video", content=json.dumps({"prompt": PROMPT}), headers={"Content-Type": "Application/JSON; Charset=UTF-8", "Prefer": "respond-async"})
+    job = http.get(f"/v1/jobs/{said.json()['job_id']}").json()
+    assert said.status_code == 202 and "score" not in job["spec"] and "mode" not in job["spec"]  # as for a form
 
 
 def test_one_key_is_one_job(http):

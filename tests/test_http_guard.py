@@ -3,6 +3,8 @@ import io
 import json
 import logging
 import os
+import subprocess
+import sys
 import time
 import warnings
 from pathlib import Path
@@ -483,6 +485,86 @@ def test_bombs_are_refused_by_their_header():
             warnings.simplefilter("ignore")
             guard.redraw(bomb)
         assert err.value.status == 413
+
+
+def test_large_pictures_are_kept_at_a_size_that_models_use():
+    from PIL import Image
+
+    exif = Image.Exif()
+    exif[0x0112] = 6  # lies on its side
+    for kind in ("PNG", "JPEG", "WEBP"):
+        with Image.open(io.BytesIO(guard.redraw(image(kind, (4000, 2500), exif=exif)))) as found:
+            assert found.mode == "RGB" and abs(found.height / found.width - 1.6) < 0.01 and 0.95 * guard.KEPT_PIXELS < found.width * found.height <= guard.KEPT_PIXELS
+    with pytest.raises(Problem, match="25 million pixels, and this has 6300 x 6300: send a smaller one"):
+        guard.redraw(image(size=(6300, 6300)))
+
+
+MANY_PICTURES = """
+import asyncio, io, resource, sys
+from pathlib import Path
+import httpx
+from PIL import Image
+from serving import opened
+from vidgen.serve.api import app
+
+out = io.BytesIO()
+Image.new("P", (5000, 5000)).save(out, "PNG")
+
+async def main(service):
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app(service)), base_url="http://localhost", timeout=300) as http:
+        async def send(path, name, data={}):
+            return await http.post(path, files={name: ("a.png", out.getvalue(), "image/png")}, data=data, headers={"Prefer": "respond-async"})
+        await send("/v1/uploads", "image")
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        clip = {"prompt": "a red circle", "model": "shapes-t2v"}
+        said = await asyncio.gather(*(send("/v1/uploads", "image") for _ in range(4)), *(send("/generate-video", "image", clip) for _ in range(3)), *(send("/v1/videos", "input_reference", clip) for _ in range(3)))
+        print([s.status_code for s in said], resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+
+asyncio.run(main(opened(Path(sys.argv[1]))))
+"""
+
+
+def test_small_files_of_many_pixels_take_little_memory(tmp_path):
+    "Ten pictures of 25 million pixels at once, by every way in, take no more than one."
+    made = subprocess.run([sys.executable, "-c", MANY_PICTURES, str(tmp_path)], capture_output=True, text=True, timeout=300, cwd=tmp_path, env={**os.environ, "PYTHONPATH": f"{Path(__file__).parent}:{Path(__file__).parent.parent}"})
+    assert made.returncode == 0, made.stderr
+    said, more = made.stdout.rsplit(maxsplit=1)
+    assert said == str([201] * 4 + [422] * 6) and int(more) < 60_000, made.stdout  # a text-to-video model takes no picture; KiB
+
+
+def test_pictures_that_wait_are_few_and_hold_nobody_up(service, monkeypatch):
+    import threading
+    from concurrent.futures import ThreadPoolExecutor
+
+    import httpx
+
+    go, real = threading.Event(), guard.redraw
+    monkeypatch.setattr(guard, "redraw", lambda data: go.wait(30) and real(data))
+    with served(service) as address, ThreadPoolExecutor(64) as many:
+        sent = [many.submit(httpx.post, f"{address}/v1/uploads", files={"image": ("a.png", image(), "image/png")}, timeout=30) for _ in range(50)]
+        until = time.monotonic() + 30
+        while sum(s.done() for s in sent) < 50 - guard.MOST_WAITING and time.monotonic() < until:
+            time.sleep(0.02)
+        read = httpx.get(f"{address}/v1/jobs", timeout=10)
+        go.set()
+        said = sorted(s.result().status_code for s in sent)
+    assert read.status_code == 200 and said == [201] * guard.MOST_WAITING + [503] * (50 - guard.MOST_WAITING) and not guard._waiting
+
+
+def test_errors_do_not_tell_where_files_lie(service):
+    from vidgen.serve.records import Unavailable
+    from vidgen.serve.service import problem
+    from vidgen.serve.worker import verdict
+
+    file = service.jobs.root / "uploads" / "file_1.png"
+    lost = FileNotFoundError(f"there is no picture {file}")
+    for err in (lost, OSError(28, "No space left on device", str(file)), OSError(5, "Input/output error", str(file)), RuntimeError(f"could not read '{file}', line 3")):
+        told = verdict(err)[0]["message"]
+        assert "file_1.png" in told and str(service.jobs.root) not in told and "uploads" not in told
+    for err in (Unavailable(f"nothing was written: '{file}'", "storage_full"), ValueError(f"{file} is no film")):
+        assert "file_1.png" in problem(err).detail and "/" not in problem(err).detail
+    for text in ("see https://clips.example/a/b.png and and/or", "GET /v1/models lists them", "the nearest is 8/9 of it", "`/docs` has it"):
+        assert verdict(ValueError(text))[0]["message"] == text
 
 
 def test_a_clients_file_name_is_no_path(service):

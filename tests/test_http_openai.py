@@ -107,6 +107,27 @@ def test_states_read_as_theirs_and_polling_has_a_pace(service):
     assert ended.json()["status"] == "failed" and ended.json()["error"]["code"] == "canceled" and "openai-poll-after-ms" not in ended.headers
 
 
+def test_a_video_stopped_by_its_time_is_canceled(service):
+    http = client(service)
+    job = service.jobs.submit("generate", {"prompt": PROMPT}, model="shapes-t2v", cancel_after=0.01)
+    time.sleep(0.05)
+    service.jobs.expire()
+    assert service.jobs.get(job.id).error["code"] == "cancel_after"
+    error = http.get(f"/v1/videos/{job.id}").json()["error"]
+    assert error["code"] == "canceled" and "Cancel-After" in error["message"]
+
+
+def test_only_clips_are_videos(service):
+    http = client(service)
+    job = service.jobs.submit("noop", {})
+    claim = take(service)
+    claim.publish([], {})
+    path = f"/v1/videos/{job.id}"
+    said = [http.get(path), http.get(f"{path}/content"), http.post(f"{path}/remix", json={"prompt": PROMPT}), http.post("/v1/videos/extensions", json={"prompt": PROMPT, "seconds": "1", "video": {"id": job.id}}), http.delete(path)]
+    assert [s.status_code for s in said] == [404] * 5 and all("no video" in s.json()["error"]["message"] for s in said)
+    assert http.get("/v1/videos").json()["data"] == [] and http.get(f"/v1/jobs/{job.id}").status_code == 200
+
+
 def test_sync_and_remix(service):
     http = client(service)
     worker(service)

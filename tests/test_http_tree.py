@@ -1,18 +1,21 @@
 """The tree of processes: API processes that are killed, the command line, load."""
 import asyncio
 import contextlib
+import importlib
 import json
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 from load import Load
-from serving import PROMPT, opened, record, settings, take
+from serving import PROMPT, opened, record, served, settings, take
 from test_http_streams import sse_client, ws_client
 
 httpx = pytest.importorskip("httpx")
@@ -38,6 +41,108 @@ def tree(folder, count=1, database=None, **values):
         made.stop()
         sock.close()
         service.jobs.close()
+
+
+def silent(address, said=b"GET / HTTP/1.1\r\nHost: localh"):
+    "A connection on which a client has said half a header."
+    host, port = address.removeprefix("http://").split(":")
+    made = socket.create_connection((host, int(port)), timeout=10)
+    made.sendall(said)
+    return made
+
+
+def closed(sock, seconds=10):
+    "Does the other side close within so many seconds?"
+    sock.settimeout(seconds)
+    try:
+        return sock.recv(1) == b""
+    except TimeoutError:
+        return False
+    except ConnectionError:
+        return True
+
+
+PROTOCOLS = ["httptools_impl.HttpToolsProtocol", "h11_impl.H11Protocol"]
+
+
+def protocol(name):
+    return getattr(importlib.import_module(f"uvicorn.protocols.http.{name.split('.')[0]}"), name.split(".")[1])
+
+
+@pytest.mark.parametrize("base", PROTOCOLS)
+def test_half_a_header_is_not_waited_for_and_all_else_is(service, base):
+    "A first header and a later one have their time; streams, WebSockets and slow bodies take as long as they like."
+    job = service.jobs.submit("noop", {})
+    with served(service, http=command.patient(protocol(base), 0.6, 1000)) as address:
+        host = address.removeprefix("http://")
+        stream = silent(address, f"GET /v1/jobs/{job.id}/events HTTP/1.1\r\nHost: {host}\r\nAccept: text/event-stream\r\n\r\n".encode())
+        body = json.dumps({"kind": "noop", "spec": {}}).encode()
+        slow = silent(address, f"POST /v1/jobs HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n".encode())
+        half, nothing = silent(address), silent(address, b"")
+        later = silent(address, f"GET /health/live HTTP/1.1\r\nHost: {host}\r\n\r\n".encode())
+        assert later.recv(4096).startswith(b"HTTP/1.1 200")
+        later.sendall(b"GET /health/live HTT")
+
+        async def talk():
+            async with websockets.connect(f"ws{address[4:]}/v1/jobs/{job.id}/ws") as one:
+                assert json.loads(await one.recv())["type"] == "queued"
+                assert all([await asyncio.to_thread(closed, s) for s in (half, nothing, later)])
+                await asyncio.sleep(1)
+                slow.sendall(body[:5])
+                service.jobs.cancel(job.id)
+                return [json.loads(m)["type"] async for m in one]
+        assert asyncio.run(talk())[-1] == "canceled"
+        slow.sendall(body[5:])
+        assert slow.recv(4096).startswith(b"HTTP/1.1 202")
+        said = b""
+        while b"event: canceled" not in said:
+            assert (more := stream.recv(65536)), said
+            said += more
+
+
+@pytest.mark.parametrize("base", PROTOCOLS)
+def test_silent_connections_make_room(service, base):
+    "Of too many connections the one goes that was silent longest, and not one that is being answered."
+    job = service.jobs.submit("noop", {})
+    with served(service, http=command.patient(protocol(base), 60, 8)) as address:
+        stream = silent(address, f"GET /v1/jobs/{job.id}/events HTTP/1.1\r\nHost: localhost\r\nAccept: text/event-stream\r\n\r\n".encode())
+        assert stream.recv(4096).startswith(b"HTTP/1.1 200")
+        many = [silent(address) for _ in range(30)]
+        assert httpx.get(f"{address}/health/live", timeout=10).status_code == 200
+        assert all(closed(s) for s in many[:20]) and not closed(many[-1], 0.2) and not closed(stream.dup(), 0.2)
+
+
+def test_a_full_house_still_tells_how_it_is(database, tmp_path):
+    "Requests that are open beyond the most are refused, but for those that ask how the service is."
+    service = opened(tmp_path, database_url=database, serve_connections=8)
+    job = service.jobs.submit("noop", {})
+    with served(service) as address:
+        streams = [silent(address, f"GET /v1/jobs/{job.id}/events HTTP/1.1\r\nHost: localhost\r\nAccept: text/event-stream\r\n\r\n".encode()) for _ in range(8)]
+        assert all(s.recv(4096).startswith(b"HTTP/1.1 200") for s in streams)
+        full = httpx.get(f"{address}/v1/jobs")
+        assert (full.status_code, full.json()["code"], full.headers["retry-after"]) == (503, "service_busy", "1") and httpx.get(f"{address}/health/live").status_code == 200
+        streams.pop().close()
+        for _ in range(100):
+            if (status := httpx.get(f"{address}/v1/jobs").status_code) == 200:
+                break
+            time.sleep(0.05)
+        assert status == 200
+
+
+@pytest.mark.timeout(120)
+def test_more_silent_connections_than_files_may_be_open(tmp_path):
+    "An API process that may open 200 files, as little as `ulimit -n 200` allows, answers with 300 half requests before it."
+    script = (f"import resource, sys; resource.setrlimit(resource.RLIMIT_NOFILE, (200, 200)); sys.path[:0] = {[str(Path(__file__).parent)]!r}\n"
+              f"from pathlib import Path; from test_http_tree import tree, silent; import httpx\n"
+              f"with tree(Path({str(tmp_path)!r})) as (address, *_):\n    print(address, flush=True); input()\n")
+    child = subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    try:
+        address = child.stdout.readline().strip()
+        many = [silent(address) for _ in range(300)]
+        said = [httpx.get(f"{address}/health/live", timeout=20).status_code for _ in range(5)]
+        assert said == [200] * 5 and len(many) == 300
+    finally:
+        child.communicate("\n", timeout=60)
 
 
 LIMITS = dict(serve_requests_per_minute=10_000_000, serve_queued_per_key=10_000_000, serve_queued=10_000_000)

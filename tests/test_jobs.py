@@ -790,6 +790,22 @@ def test_a_damaged_database_is_refused(tmp_path):
 
 # R19: files
 
+def test_a_sweep_spares_what_an_unfinished_job_was_given(tmp_path):
+    "Also for a job that waits longer than its picture is kept; when it has ended, the picture goes."
+    clock = [1000.0]
+    jobs = Jobs.open(f"sqlite:///{tmp_path}/vidgen.db", tmp_path / "artifacts", least_free_gib=0, clock=lambda: clock[0])
+    picture, film, other = (jobs.keep(bytes([i]), f"{i}.png") for i in range(3))
+    job = jobs.submit("generate", {"image": picture.id, "extends": {"film": film.id}}, expires_in=30 * 86400)
+    clock[0] += 8 * 86400
+    assert jobs.sweep() == 1 and other.path.exists() is False
+    claim = jobs.claim("w")
+    assert jobs.sweep() == 0 and picture.path.exists() and film.path.exists() and not jobs.kept(picture.id).gone
+    assert claim.job.id == job.id
+    claim.publish([], {})
+    assert jobs.sweep() == 2 and not picture.path.exists() and jobs.kept(film.id).gone
+    jobs.close()
+
+
 def test_a_sweep_spares_what_another_database_or_another_folder_knows(tmp_path):
     made = {}
     for name in ("one", "two"):

@@ -87,6 +87,8 @@ class Serve:
     megapixels: float = key(600.0, "width x height x frames a job may ask for", unit="million pixels", low=0.001)
     enlarge: float = key(8.0, "how many times the pixels of the model's own clip, width x height x frames, a job may ask for", unit="times", low=1)
     wait: float = key(300.0, "how long a request that waits for its clip is held before it is answered with 202", unit="seconds", low=0)
+    connections: int = key(1000, "connections one API process answers at once, streams among them; never more than half the files it may open", unit="connections", low=1)
+    header_seconds: float = key(20.0, "how long the header of a request may take to arrive before its connection is closed", unit="seconds", low=0.1)
     portal_expires: float = key(300.0, "queued jobs of /api/video expire after this; 0 = never", unit="seconds", low=0)
     logs: str = key("logs", "folder of the logs; empty = standard error only", unit="folder")
 

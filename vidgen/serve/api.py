@@ -136,7 +136,7 @@ def _outside(api, service: Service) -> None:
     serve, listed = service.settings.serve, lambda text: tuple(w.strip() for w in text.split(",") if w.strip())
     from vidgen.serve.health import visited
 
-    rules = Rules(hosts=listed(serve.hosts), origins=listed(serve.origins), keyless=lambda: not service.keys.known, seen=visited, failed=failed)
+    rules = Rules(hosts=listed(serve.hosts), origins=listed(serve.origins), keyless=lambda: not service.keys.known, seen=visited, failed=failed, open=serve.connections)
     api.add_middleware(Guard, rules=rules)
     if rules.origins:
         api.add_middleware(CORSMiddleware, allow_origins=rules.origins, allow_methods=["GET", "POST", "DELETE"], allow_headers=["Authorization", "Content-Type", "Idempotency-Key", "Prefer", "Last-Event-ID"],

@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['FOLDERS', 'jobs_app', 'Config', 'Database', 'AsJson', 'Ids', 'keys_app', 'spread', 'is_local', 'may_start', 'listen',
-           'address', 'Answering', 'answer', 'serve', 'run', 'opened', 'ago', 'list_jobs', 'show', 'cancel', 'retry',
-           'orphans', 'create', 'list_keys', 'revoke']
+           'address', 'Answering', 'room', 'patient', 'answer', 'serve', 'run', 'opened', 'ago', 'list_jobs', 'show',
+           'cancel', 'retry', 'orphans', 'create', 'list_keys', 'revoke']
 
 # %% ../../nbs/70_serve/79_command.ipynb #67b8ef1a
 import contextlib
 import ipaddress
+import itertools
 import json
 import logging
 import os
@@ -143,16 +144,78 @@ class Answering:
                 process.wait()
 
 # %% ../../nbs/70_serve/79_command.ipynb #d9ff0829
+def room(most: int) -> int:
+    "How many connections this process may hold: at most half the files it may open, for each may send one; that number is raised to what the system allows."
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        soft = hard
+    return most if soft == resource.RLIM_INFINITY else min(most, soft // 2)
+
+
+def patient(base: type, seconds: float, most: int) -> type:
+    "The HTTP protocol `base` of uvicorn, that waits so long for a request's header, and holds so many connections that wait."
+
+    turns = itertools.count()
+
+    class Patient(base):
+        late = None  # closes the connection; there while no request is being answered
+
+        def connection_made(self, transport):
+            super().connection_made(transport)
+            self._wait()
+            if len(self.connections) > most and (silent := [c for c in self.connections if getattr(c, "late", None) and c is not self]):
+                min(silent, key=lambda c: c.turn).give_up()
+
+        def data_received(self, data):
+            super().data_received(data)
+            self._wait()
+
+        def on_response_complete(self):
+            super().on_response_complete()
+            self._wait()
+
+        def connection_lost(self, exc):
+            super().connection_lost(exc)
+            self._rest()
+
+        def _wait(self):
+            answering = self.cycle is not None and not self.cycle.response_complete
+            if answering or self.transport.is_closing() or self.transport.get_protocol() not in (self, None):
+                self._rest()  # the protocol is another one after an upgrade to WebSocket
+            elif self.late is None:
+                self.late, self.turn = self.loop.call_later(seconds, self.give_up), next(turns)
+
+        def _rest(self):
+            if self.late:
+                self.late.cancel()
+                self.late = None
+
+        def give_up(self):
+            "Close, and if the client does not take what was sent to it, break off."
+            self._rest()
+            self.transport.close()
+            self.loop.call_later(seconds, self.transport.abort)
+
+    return Patient
+
+# %% ../../nbs/70_serve/79_command.ipynb #dce55dfb
 def answer(fd: int, n: int, parent: int) -> None:
     "An API process: serve the application on an inherited socket until told to stop, or the parent is gone."
     uvicorn = need("uvicorn", "serve")
+    from uvicorn.protocols.http.auto import AutoHTTPProtocol
+
     from vidgen.serve.api import app
     from vidgen.serve.health import log_to
     from vidgen.serve.service import Service
 
     found = settings.get()
     log_to(found.folder(found.serve.logs) if found.serve.logs else None, f"api-{n}")
-    config = uvicorn.Config(app(Service.open(found)), log_config=None, access_log=False, server_header=False, timeout_graceful_shutdown=5, ws_max_size=65536, backlog=2048)
+    found = replace(found, serve=replace(found.serve, connections=room(found.serve.connections)))
+    http = patient(AutoHTTPProtocol, found.serve.header_seconds, found.serve.connections)
+    config = uvicorn.Config(app(Service.open(found)), http=http, log_config=None, access_log=False, server_header=False, timeout_graceful_shutdown=5, ws_max_size=65536, backlog=2048)
     server = uvicorn.Server(config)
     threading.Thread(target=_outlive, args=(server, parent), daemon=True).start()
     signal.signal(signal.SIGINT, signal.SIG_IGN)

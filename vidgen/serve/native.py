@@ -15,7 +15,7 @@ from functools import partial
 from typing import Annotated, ClassVar, Literal
 
 from . import progress
-from .guard import Problem, redraw
+from .guard import Problem, redrawn
 from .records import STATES, Job, NotFound
 from .service import MOST_BATCH, Bound, Generation, Service, artifact, preference, send_file, wait
 
@@ -314,9 +314,10 @@ def _files(api, service: Service) -> None:
         return send_file(job, artifact(service.jobs, job, name), request.headers, download=download)
 
     @api.post("/uploads", status_code=201, summary="Send a picture")
-    def upload(image: UploadFile, who: Submitter) -> dict:
-        "PNG, JPEG or WebP up to 20 MB; kept until `expires_at`. The `id` goes into a job's `image`."
-        kept = service.jobs.keep(redraw(image.file.read()), "image.png", owner=who.owner, mime="image/png")
+    async def upload(image: UploadFile, who: Submitter) -> dict:
+        "PNG, JPEG or WebP up to 20 MB and 25 million pixels, kept in at most 4 million of them until `expires_at`. The `id` goes into a job's `image`."
+        clean = await redrawn(await image.read())
+        kept = await asyncio.to_thread(service.jobs.keep, clean, "image.png", owner=who.owner, mime="image/png")
         return {"id": kept.id, "bytes": kept.bytes, "sha256": kept.sha256, "expires_at": kept.expires_at}
 
     @api.post("/tickets", summary="A minute of reading without a key")

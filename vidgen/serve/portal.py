@@ -13,7 +13,7 @@ import time
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from .guard import Problem, redraw
+from .guard import Problem, redrawn
 from .native import batch_jobs
 from .records import Job
 from .score import scored
@@ -106,10 +106,10 @@ def _waiting(api, service: Service) -> None:
               responses={202: {"description": "not finished yet"}})
     async def generate_video(request: Request, who: Submitter, prefer: Annotated[str, Header(max_length=200)] = "") -> dict:
         start, (values, data) = time.monotonic(), await body(request)
-        form = not request.headers["content-type"].startswith("application/json")
+        form = not request.headers["content-type"].strip().lower().startswith("application/json")
         spec = spec_of(checked(GenerateVideo, values), form)
         if data is not None:
-            spec["image"] = await asyncio.to_thread(lambda: upload(service.jobs, redraw(data), "image.png", who.owner, "image/png"))
+            spec["image"] = await asyncio.to_thread(upload, service.jobs, await redrawn(data), "image.png", who.owner, "image/png")
         job = await asyncio.to_thread(lambda: service.accept(who, spec, view="generate-video"))
         job = await wait(service.jobs, job, preference(prefer, service.settings.serve.wait, service.settings.serve.wait))
         if not job.ended:

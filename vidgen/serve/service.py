@@ -6,7 +6,7 @@
 __all__ = ['MOST_STEPS', 'MOST_PROMPT', 'MOST_BATCH', 'Text', 'Frames', 'Size', 'Rate', 'FORM_NUMBERS', 'MOST_NAME', 'Bound',
            'Options', 'Prompted', 'Generation', 'from_form', 'checked', 'body', 'documented', 'model', 'within',
            'check_spec', 'made_frames', 'adapters', 'problem', 'needs', 'used_seconds', 'waiting', 'database',
-           'Service', 'filename', 'artifact', 'gone', 'send_file', 'upload', 'wait', 'preference']
+           'Service', 'filename', 'artifact', 'gone', 'known', 'send_file', 'upload', 'wait', 'preference']
 
 # %% ../../nbs/70_serve/780_service.ipynb #ccf478e4
 import asyncio
@@ -25,7 +25,7 @@ from typing import Annotated, ClassVar
 from ..errors import CorruptWeights, DoesNotFit, WeightsMissing, need, nearest, unknown
 from . import requests, storage
 from .auth import Caller, Denied, Keys, Limiter, identify
-from .guard import Problem
+from .guard import Problem, without_folders
 from .records import Conflict, Job, NotFound, QueueFull, Unavailable
 from ..settings import Settings
 
@@ -279,11 +279,11 @@ def problem(err: Exception) -> Problem:
     if isinstance(err, QueueFull):
         return Problem(429, "queue_full", text, after=15)
     if isinstance(err, Unavailable):
-        return Problem(507 if err.code == "storage_full" else 503, err.code, text, after=None if err.code == "storage_full" else 2)
+        return Problem(507 if err.code == "storage_full" else 503, err.code, without_folders(text), after=None if err.code == "storage_full" else 2)
     if isinstance(err, DoesNotFit):
         return Problem(422, "too_much", text)
     if isinstance(err, ValueError):
-        return Problem(422, "bad_request", text)
+        return Problem(422, "bad_request", without_folders(text))
     return Problem(500, "internal", "this was not foreseen; the log of the service has it under the request's id")
 
 # %% ../../nbs/70_serve/780_service.ipynb #c66af8a4
@@ -408,10 +408,15 @@ class Service:
 
     def _check_upload(self, who: Caller, name: str | None) -> None:
         try:
-            if name is not None and self.jobs.kept(name, who.owner).gone:
+            if name is not None and self._over(self.jobs.kept(name, who.owner)):
                 raise NotFound(name)
         except NotFound:
             raise Problem(422, "unknown_image", "there is no such file of yours (any more); POST /v1/uploads gives an id", param="image") from None
+
+    def _over(self, kept) -> bool:
+        "Is the time of a file over? It may still lie there, for a job that came earlier."
+        with self.jobs.reading() as ledger:
+            return kept.gone or kept.expires_at <= ledger.now
 
     def _check_quota(self, who: Caller) -> None:
         most = self.settings.serve.device_seconds_per_day
@@ -451,6 +456,27 @@ def gone(job_id: str) -> Problem:
     return Problem(410, "gone", f"this file of {job_id} is gone")
 
 
+def known(tag: str, asked: str) -> bool:
+    "Does `If-None-Match` name this ETag?"
+    return asked.strip() == "*" or tag in asked
+
+
+def _understood(scope: dict) -> dict:
+    "The request without a `Range` in a unit that is not bytes: it asks for the whole file."
+    other = lambda name, value: name == b"range" and value.partition(b"=")[0].strip().lower() != b"bytes"
+    return {**scope, "headers": [(name, value) for name, value in scope["headers"] if not other(name, value)]}
+
+
+def _satisfied(message: dict) -> dict:
+    "The start of an answer. Errors: Problem 400, 416 for a `Range` that there is not."
+    if message["status"] not in (400, 416):
+        return message
+    size = dict(message["headers"]).get(b"content-range", b"").decode()
+    wrong = Problem(message["status"], "bad_range", f"the file has no such bytes ({size})" if size else "this is no range of bytes: bytes=0-99 are the first hundred, bytes=-100 the last")
+    wrong.headers = lambda: {"Content-Range": size} if size else {}
+    raise wrong
+
+
 @cache
 def _sent() -> type:
     "A FileResponse that says nothing before it holds the file, for somebody may delete the job meanwhile."
@@ -465,14 +491,14 @@ def _sent() -> type:
             async def told(message):
                 nonlocal begun
                 if message["type"] == "http.response.start":
-                    return head.append(message)
+                    return head.append(_satisfied(message))
                 begun = True
                 while head:
                     await send(head.pop())
                 await send(message)
 
             try:
-                await super().__call__(scope, receive, told)
+                await super().__call__(_understood(scope), receive, told)
             except (OSError, RuntimeError):
                 if begun or os.path.exists(self.path):
                     raise
@@ -487,7 +513,7 @@ def send_file(job: Job, found, headers, *, download: bool = False):
 
     tag = f'"{found.sha256}"'
     sent = {"ETag": tag, "Cache-Control": "private, no-cache", "Accept-Ranges": "bytes"}
-    if tag in headers.get("if-none-match", ""):
+    if known(tag, headers.get("if-none-match", "")):
         return Response(status_code=304, headers=sent)
     answer = _sent()(found.path, media_type=found.mime, headers=sent, filename=filename(job, found), content_disposition_type="attachment" if download else "inline")
     answer.job_id = found.job

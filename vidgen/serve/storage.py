@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['DAY', 'HOUR', 'TIERS', 'OURS', 'FINISHED', 'MARK', 'log', 'tiers', 'kept_until', 'staging', 'sha256', 'described',
            'move', 'place', 'add', 'place_all', 'finished', 'clear', 'refuse_full', 'statistics', 'keep', 'of_stage',
-           'remove', 'orphans', 'belongs', 'refuse_foreign', 'sweep']
+           'remove', 'pinned', 'orphans', 'belongs', 'refuse_foreign', 'sweep']
 
 # %% ../../nbs/70_serve/73_storage.ipynb #c909e1b0
 import hashlib
@@ -184,6 +184,28 @@ def remove(jobs, paths: Iterable[str | Path]) -> int:
     return gone
 
 # %% ../../nbs/70_serve/73_storage.ipynb #85572aef
+def pinned(ledger: Ledger) -> set[str]:
+    "Ids of the files that an unfinished job was given: they stay, however old."
+    sa, t = need("sqlalchemy", "serve"), ledger.t.job.c
+    specs = ledger.run(sa.select(t.spec).where(t.state.in_(("queued", "running")), t.kind == "generate")).scalars()
+    return {name for spec in specs for name in (spec.get("image"), spec.get("extends", {}).get("film")) if name}
+
+
+def _overdue(jobs) -> int:
+    "Take away files whose time is over and that no unfinished job needs: the row first."
+    gone = 0
+    while True:
+        with jobs.writing() as ledger:
+            t = ledger.t.artifact
+            over = t.select().where(t.c.removed_at.is_(None), t.c.expires_at <= ledger.now)
+            held = pinned(ledger) if ledger.run(over.where(t.c.tier == "uploads").limit(1)).first() else ()
+            due = ledger.run(over.where(t.c.id.not_in(held)).limit(200)).all()
+            ledger.run(t.update().where(t.c.id.in_([r.id for r in due])).values(removed_at=ledger.now))
+        gone += remove(jobs, [r.path for r in due])
+        if not due:
+            return gone
+
+# %% ../../nbs/70_serve/73_storage.ipynb #53447cad
 def _alive(ledger: Ledger) -> set[tuple[str, int]]:
     "Job and fence of everything that runs."
     sa, t = need("sqlalchemy", "serve"), ledger.t.job.c
@@ -204,19 +226,6 @@ def _strays(jobs) -> list[Path]:
 def orphans(jobs) -> list[Path]:
     "See `Jobs.orphans`."
     return sorted(_strays(jobs))
-
-
-def _overdue(jobs) -> int:
-    "Take away files whose time is over: the row first."
-    gone = 0
-    while True:
-        with jobs.writing() as ledger:
-            t = ledger.t.artifact
-            due = ledger.run(t.select().where(t.c.removed_at.is_(None), t.c.expires_at <= ledger.now).limit(200)).all()
-            ledger.run(t.update().where(t.c.id.in_([r.id for r in due])).values(removed_at=ledger.now))
-        gone += remove(jobs, [r.path for r in due])
-        if not due:
-            return gone
 
 
 def _missing(jobs) -> None:

@@ -25,6 +25,7 @@ from email.utils import parsedate_to_datetime
 from ..errors import Canceled, CorruptWeights, DoesNotFit
 from ..progress import Cancel
 from . import measures, storage
+from .guard import without_folders
 from .jobs import Jobs
 from .kinds import Work, kind, learn, tell
 from .pool import Pool
@@ -44,7 +45,7 @@ def asked_to_wait(said: str, now: float) -> float | None:
 # %% ../../nbs/70_serve/75_worker.ipynb #1a7c8438
 def verdict(err: BaseException) -> tuple[dict, bool, float | None]:
     "(error {code, message}, is it worth another try, seconds the other side asked for)."
-    said = (str(err).strip().splitlines() or [type(err).__name__])[0][:500]
+    said = without_folders((str(err).strip().splitlines() or [type(err).__name__])[0])[:500]
     answer = getattr(err, "response", None)
     status = getattr(answer, "status_code", None)
     if status is not None:
