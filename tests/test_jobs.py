@@ -461,6 +461,21 @@ def test_nothing_is_taken_up_whose_time_is_over(jobs, clock):
         jobs.submit("noop", {}, cancel_after=float("inf"))
 
 
+def test_a_job_that_was_begun_in_time_does_not_expire(jobs, clock):
+    "Drained, crashed or tried again, it goes on; only what was never taken up is too late."
+    for again in (lambda c: c.release("the worker was stopped"), lambda c: c.fail({"code": "x", "message": "y"}, retry=True, after=0), lambda c: lapse.gone(jobs, "w")):
+        job = jobs.submit("noop", {}, expires_in=3)
+        again(jobs.claim("w"))
+        clock[0] += 10
+        assert jobs.expire() == 0 and jobs.get(job.id).state == "queued"
+        jobs.claim("w").publish([], {})
+        assert jobs.get(job.id).state == "succeeded"
+    late = jobs.submit("noop", {}, expires_in=3)
+    clock[0] += 3
+    assert jobs.claim("w") is None and jobs.expire() == 1
+    assert jobs.get(late.id).state == "expired" and jobs.get(jobs.retry(late.id).id).expires_at == clock[0] + 3, "asked again is a new job"
+
+
 def test_a_clock_that_is_set_shortens_no_time(jobs, clock):
     job = jobs.submit("noop", {}, cancel_after=10)
     clock[0] += 3601

@@ -146,7 +146,7 @@ class Machine(RuleBasedStateMachine):
         job = self.model[claim.job.id]
         assert claim.job.id in ready and claim.fence == job.fence + 1 and claim.ending == ({"state": job.ending, "error": claim.ending["error"]} if job.ending else None)
         assert set(claim.done) >= job.undo
-        job.update(state="running", fence=claim.fence, lease=self.now + 60, attempt=job.attempt + (job.ending is None), device=device)
+        job.update(state="running", fence=claim.fence, lease=self.now + 60, attempt=job.attempt + (job.ending is None), device=device, expires=None)
         self.claims.append(claim)
 
     def chosen(self, which, zombie):

@@ -46,7 +46,8 @@ def ready(ledger: Ledger, room: Room) -> list:
     sa, job = need("sqlalchemy", "serve"), ledger.t.job.c
     placed = [] if room.index is None else [sa.or_(job.place.is_(None), job.place % room.devices == room.index)]
     waits = sa.or_(job.cancel_at.is_(None), job.cancel_at > ledger.now, job.ending.is_not(None))  # what is to be undone is, however late
-    return [job.state == "queued", job.not_before <= ledger.now, sa.or_(job.expires_at.is_(None), job.expires_at > ledger.now), waits, *placed]
+    timely = sa.or_(job.expires_at.is_(None), job.expires_at > ledger.now, job.started_at.is_not(None))  # once begun, it is in time for good
+    return [job.state == "queued", job.not_before <= ledger.now, timely, waits, *placed]
 
 
 def heads(ledger: Ledger, where: list) -> list:
