@@ -54,6 +54,60 @@ def test_one_key_is_one_job(http):
     assert first.json()["id"] == again.json()["id"] and again.json()["repeated"] and other.status_code == 409 and other.json()["code"] == "conflict"
 
 
+@pytest.mark.parametrize("change", [{"priority": 9}, {"expires_in": 5}, {"headers": {"Cancel-After": "60"}}, {"spec": {"prompt": PROMPT, "seed": 1}}])
+def test_a_key_stands_for_the_whole_request(http, change):
+    head = {"Idempotency-Key": "k1"}
+    send = lambda headers=(), **more: http.post("/v1/jobs", json={"spec": {"prompt": PROMPT}} | more, headers=head | dict(headers))
+    assert send().status_code == send().status_code == 202
+    assert (send(**change).status_code, send(**change).json()["code"]) == (409, "conflict") and send().json()["repeated"]
+
+
+def test_what_was_accepted_is_answered_again_whatever_is_refused_by_now(opened, monkeypatch):
+    from vidgen.serve import storage
+    from vidgen.serve.records import Unavailable
+
+    service = opened(serve_queued=3, serve_device_seconds_per_day=1)
+    http, picture = client(service), io.BytesIO()
+    Image.new("RGB", (96, 64)).save(picture, "PNG")
+    up = http.post("/v1/uploads", files={"image": ("a.png", picture.getvalue())}).json()["id"]
+    one = lambda key, **spec: http.post("/v1/jobs", json={"spec": {"prompt": PROMPT, **spec}}, headers={"Idempotency-Key": key})
+    many = lambda: http.post("/v1/batches", json={"specs": [{"prompt": PROMPT}] * 2}, headers={"Idempotency-Key": "b"})
+    first, batch = one("q0", image=up).json(), many().json()
+    same = lambda: (one("q0", image=up).json().get("id"), many().json().get("id")) == (first["id"], batch["id"])
+    assert one("new").status_code == 503 and same(), "the queue is full"
+    finish(service)
+    with service.jobs.writing() as ledger:
+        ledger.run(ledger.t.job.update().where(ledger.t.job.c.state == "succeeded").values(started_at=ledger.now - 9))
+        ledger.run(ledger.t.artifact.update().where(ledger.t.artifact.c.id == up).values(removed_at=ledger.now))
+    assert one("new").status_code == 429 and one("new", image=up).status_code == 422 and same(), "the share is spent, and the picture gone"
+    with service.jobs.writing() as ledger:
+        ledger.run(ledger.t.job.update().where(ledger.t.job.c.state == "succeeded").values(started_at=ledger.now))
+    monkeypatch.setattr(storage, "refuse_full", lambda jobs: (_ for _ in ()).throw(Unavailable("full", "storage_full")))
+    assert one("new").status_code == 507 and same(), "the disk is full"
+
+
+def test_a_key_of_a_batch_is_the_whole_batch(http):
+    send = lambda count, **more: http.post("/v1/batches", json={"specs": [{"prompt": PROMPT, "seed": i} for i in range(count)], **more}, headers={"Idempotency-Key": "b1"})
+    made, again = send(3), send(3)
+    assert made.status_code == again.status_code == 202 and again.json()["id"] == made.json()["id"] and len(again.json()["jobs"]) == 3
+    assert [send(2).status_code, send(4).status_code, send(3, priority=1).status_code] == [409] * 3 and "'b1'" in send(2).json()["detail"]
+    for key in ("b1", "b1/0"):
+        alone = http.post("/v1/jobs", json={"spec": {"prompt": PROMPT, "seed": 0}}, headers={"Idempotency-Key": key})
+        assert alone.status_code == 202 and alone.json()["batch"] is None and not alone.json()["repeated"]
+    assert len(http.get(f"/v1/batches/{made.json()['id']}").json()["jobs"]) == 3
+    for job in made.json()["jobs"]:
+        assert len(send(3).json()["jobs"]) == 3
+        http.post(job["links"]["cancel"])
+        http.post(f"/v1/jobs/{job['id']}/retry")
+    assert send(3).status_code == 409 and "asked for again since" in send(3).json()["detail"]
+
+
+@pytest.mark.parametrize(("path", "body"), [("/v1/batches", {"specs": [{"prompt": PROMPT}, {"prompt": PROMPT, "num_frames": 3}, {"prompt": PROMPT}]}), ("/api/video/batch_inference", {"prompts": [PROMPT, " ", PROMPT]})])
+def test_a_clip_of_a_batch_that_can_not_be_made_is_named(http, service, path, body):
+    said = http.post(path, json=body)
+    assert said.status_code == 422 and said.json()["detail"].startswith("job 2 of 3 (index 1): ") and said.json()["index"] == 1 and service.jobs.list() == []
+
+
 def test_cancel_retry_delete(http, service):
     job = ask(http)
     assert http.delete(f"/v1/jobs/{job['id']}").status_code == 409
@@ -192,12 +246,16 @@ def test_a_batch_of_which_the_middle_breaks_leaves_nothing(http, service, monkey
     assert len(seen) == 3 and service.jobs.list() == []
 
 
-def test_what_is_asked_again_stands_in_its_batch(http, service):
+def test_what_is_asked_again_takes_its_place_in_the_batch(http, service):
     made = http.post("/v1/batches", json={"specs": [{"prompt": PROMPT, "seed": i} for i in range(8)]}).json()
     http.post(made["jobs"][3]["links"]["cancel"])
     again = http.post(f"/v1/jobs/{made['jobs'][3]['id']}/retry").json()
     found = http.get(f"/v1/batches/{made['id']}").json()
-    assert [j["id"] for j in found["jobs"]] == [*(j["id"] for j in made["jobs"]), again["id"]] and found["states"] == {"queued": 8, "canceled": 1}
+    assert [j["id"] for j in found["jobs"]] == [again["id"] if n == 3 else j["id"] for n, j in enumerate(made["jobs"])] and found["states"] == {"queued": 8}
+    twice = http.post(f"/v1/jobs/{made['jobs'][3]['id']}/retry").json()
+    assert twice["batch"] is None and again["batch"] == made["id"] and http.get(f"/v1/jobs/{made['jobs'][3]['id']}").json()["batch"] is None
+    total = http.get(f"/api/video/batch_status/{made['id']}").json()
+    assert (total["total"], total["pending"], total["failed"]) == (8, 8, 0)
 
 
 def test_an_upload_whose_time_is_over_is_refused_and_not_accepted_to_fail(http, service):

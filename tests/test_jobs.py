@@ -62,8 +62,23 @@ def test_a_key_is_one_job_however_many_ask_at_once(jobs):
     assert len({j.id for j in made}) == 1 and sum(not j.repeated for j in made) == 1
     assert jobs.submit("noop", {"b": 2, "a": 1}, owner="ada", key="k").repeated
     assert jobs.submit("noop", {}, owner="bob", key="k").id != made[0].id
-    with pytest.raises(Conflict, match="another request"):
-        jobs.submit("noop", {"a": 2}, owner="ada", key="k")
+    for other in (dict(spec={"a": 2}), dict(priority=1), dict(expires_in=5), dict(cancel_after=5), dict(model="m")):
+        with pytest.raises(Conflict, match="another request"):
+            jobs.submit("noop", **dict(spec={"a": 1, "b": 2}, owner="ada", key="k") | other)
+
+
+def test_a_key_of_a_batch_is_the_whole_batch_however_many_ask_at_once(jobs):
+    asked = [{"kind": "noop", "spec": {"n": n}} for n in range(3)]
+    with ThreadPoolExecutor(8) as pool:
+        made = list(pool.map(lambda _: jobs.submit_all(asked, owner="ada", key="b"), range(8)))
+    assert len({tuple(j.id for j in one) for one in made}) == 1 and len(jobs.list()) == 3 and len({j.batch for j in made[0]}) == 1
+    for other, how in ((asked[:2], {}), ([*asked, asked[0]], {}), (asked[::-1], {}), (asked, dict(priority=1))):
+        with pytest.raises(Conflict, match="'b' stands for another request"):
+            jobs.submit_all(other, owner="ada", key="b", **how)
+    assert not jobs.submit("noop", {"n": 0}, owner="ada", key="b").repeated and not jobs.submit("noop", {"n": 0}, owner="ada", key="b/0").repeated
+    jobs.cancel(made[0][0].id)
+    jobs.delete(made[0][0].id)
+    assert [j.id for j in jobs.submit_all(asked, owner="ada", key="b")] == [j.id for j in made[0][1:]], "what is left of it, and nothing new"
 
 
 @pytest.mark.parametrize("how", [dict(priority=101), dict(expires_in=0), dict(expires_in=float("nan")), dict(expires_in=1e9), dict(key=""), dict(memory_mib=-1)])

@@ -338,11 +338,11 @@ class BatchView:
 
 
 def batch_jobs(service: Service, who, batch: str) -> list[Job]:
-    "The jobs of a batch in order. Errors: Problem 404."
+    "The jobs of a batch in order, what was asked for again where it was asked for first. Errors: Problem 404."
     jobs = service.jobs.list(who.owner, batch=batch, limit=1000, newest_first=False)
     if not jobs:
         raise Problem(404, "not_found", f"there is no batch {batch[:40]}")
-    return jobs
+    return sorted(jobs, key=lambda j: (j.place or 0, j.id))
 
 
 def _batch_view(jobs: list[Job]) -> BatchView:

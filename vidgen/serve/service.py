@@ -16,7 +16,7 @@ import os
 import textwrap
 import time
 import unicodedata
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, lru_cache
 from math import prod, sqrt
 from pathlib import Path
@@ -26,7 +26,7 @@ from ..errors import CorruptWeights, DoesNotFit, WeightsMissing, need, nearest, 
 from . import requests, storage
 from .auth import Caller, Denied, Keys, Limiter, identify
 from .guard import Problem
-from .records import Conflict, Job, NotFound, QueueFull, Unavailable
+from .records import Conflict, Job, NotFound, QueueFull, Unavailable, body_hash
 from ..settings import Settings
 
 # %% ../../nbs/70_serve/780_service.ipynb #468f9595
@@ -365,19 +365,48 @@ class Service:
         except Unavailable:
             return True
 
-    def accept(self, who: Caller, spec: dict, *, kind: str = "generate", **how) -> Job:
-        "Put a job into the queue; `how` as for `Jobs.submit`. Errors: Problem."
+    def accept(self, who: Caller, spec: dict, *, kind: str = "generate", key: str | None = None, **how) -> Job:
+        "Put a job into the queue, or find what its idempotency key stands for; `how` as for `Jobs.submit`. Errors: Problem."
+        said = body_hash(kind, spec, how)
+        if found := self._known(who, [key] if key else [], said):
+            return found[0]
         asked = self._admitted(who, spec) if kind == "generate" else {"kind": kind, "spec": spec}
-        return self._taken(who, 1, self.jobs.submit, owner=who.owner, **asked, **how)
+        return self._taken(who, 1, self.jobs.submit, owner=who.owner, key=key, said=said, **asked, **how)
 
     def accept_all(self, who: Caller, specs: list[dict], *, key: str | None = None, places: bool = False, **how) -> list[Job]:
-        "Put a batch into the queue, whole or not at all; with `places` job i runs on device i mod their number. `how` as for `Jobs.submit`. Errors: Problem."
-        asked = [self._admitted(who, spec) | {"key": f"{key}/{i}" if key else None, "place": i if places else None} for i, spec in enumerate(specs)]
-        return self._taken(who, len(asked), self.jobs.submit_all, asked, owner=who.owner, **how)
+        "Put a batch into the queue, whole or not at all, or find what its key stands for; with `places` job i runs on device i mod their number. `how` as for `Jobs.submit`. Errors: Problem."
+        said = body_hash(specs, places, how)
+        if found := self._known(who, requests.members(key, MOST_BATCH), said):
+            return self._batch(who, found)
+        asked = [self._member(who, spec, i, len(specs)) | {"place": i if places else None} for i, spec in enumerate(specs)]
+        return self._taken(who, len(asked), self.jobs.submit_all, asked, owner=who.owner, key=key, said=said, **how)
 
-    def again(self, who: Caller, job_id: str) -> Job:
-        "Put what failed, expired or was canceled into the queue again, as a new job. Errors: Problem."
-        return self._taken(who, 1, self.jobs.retry, job_id, who.owner)
+    def again(self, who: Caller, job_id: str, *, key: str | None = None) -> Job:
+        "Put what failed, expired or was canceled into the queue again, as a new job, or find the one the key stands for. Errors: Problem."
+        said = body_hash("again", job_id)
+        if found := self._known(who, [key] if key else [], said):
+            return found[0]
+        return self._taken(who, 1, self.jobs.retry, job_id, who.owner, key=key, said=said)
+
+    def _known(self, who: Caller, keys: list[str], said: str) -> list[Job]:
+        "What was accepted under these keys. Errors: Problem 409 when it was something else."
+        try:
+            return self.jobs.known(who.owner, keys, said) if keys else []
+        except Exception as err:
+            raise problem(err) from err
+
+    def _batch(self, who: Caller, found: list[Job]) -> list[Job]:
+        "The batch that some jobs were accepted in, as it is now. Errors: Problem 409 when all of them were asked for again since."
+        if not (batch := next((j.batch for j in found if j.batch), None)):
+            raise Problem(409, "conflict", f"each job of this batch was asked for again since, the first was {found[0].id}: use a new key for a new batch")
+        return [replace(j, repeated=True) for j in sorted(self.jobs.list(who.owner, batch=batch, limit=1000), key=lambda j: (j.place or 0, j.id))]
+
+    def _member(self, who: Caller, spec: dict, index: int, count: int) -> dict:
+        "A clip of a batch, as `_admitted`. Errors: Problem that says which clip it was."
+        try:
+            return self._admitted(who, spec)
+        except Problem as err:
+            raise Problem(err.status, err.code, f"job {index + 1} of {count} (index {index}): {err.detail}", after=err.after, **err.more | {"index": index}) from None
 
     def _taken(self, who: Caller, count: int, act, *args, **how):
         "What `act` returns, which puts so many jobs into the queue, if the caller's share and the queue allow it. Errors: Problem."
