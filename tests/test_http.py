@@ -471,6 +471,35 @@ def test_a_form_is_answered_when_its_clip_is_scored(http, service):
     assert [j["kind"] for j in http.get("/v1/jobs").json()["data"]] == ["generate"], "the job that scored is nobody's"
 
 
+def test_a_score_that_an_answer_waits_for_is_next_whatever_others_ask(opened):
+    "Three users in a closed loop: the queue is never empty, and the form is answered with its score nevertheless."
+    service = opened(serve_wait=20)
+    until, http = time.monotonic() + 20, client(service)
+    for user in range(3):
+        service.jobs.submit("noop", {}, owner=f"user {user}")
+
+    def work():
+        while time.monotonic() < until:
+            claim = take(service)
+            if claim.job.kind == "generate":
+                (claim.staging / "video.mp4").write_bytes(b"frames")
+                claim.publish([claim.staging / "video.mp4"], {"video": "video.mp4", "frames": 17, "fps": 8}, then=("score",))
+            elif claim.job.kind == "score":
+                from vidgen.serve.score import note
+
+                note(service.jobs, claim.job.spec["of"], temporal_score=0.75)
+                return claim.publish([], {})
+            else:
+                claim.publish([], {})
+                service.jobs.submit("noop", {}, owner=claim.job.owner)
+
+    worker = threading.Thread(target=work)
+    worker.start()
+    said = http.post("/generate-video", data={"prompt": PROMPT})
+    worker.join()
+    assert said.status_code == 200 and said.json()["temporal_score"] == 0.75
+
+
 def test_an_adapter_is_a_registered_name_and_no_path(http, service):
     (service.jobs.root / "adapters/my-brand").mkdir(parents=True)
     (service.jobs.root / "adapters/my-brand/pytorch_lora_weights.safetensors").write_bytes(b"")

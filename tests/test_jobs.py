@@ -13,7 +13,7 @@ import pytest
 from serving import record
 
 from vidgen.errors import Canceled
-from vidgen.serve import lapse, storage
+from vidgen.serve import lapse, requests, storage
 from vidgen.serve.claims import Claim
 from vidgen.serve.jobs import Jobs
 from vidgen.serve.records import ENDED, Conflict, Lost, NotFound, QueueFull, Unavailable
@@ -268,6 +268,36 @@ def test_owners_take_turns(jobs, clock):
         order.append(claim.job.owner)
         claim.publish([], {})
     assert "".join(order) == "ababab" + "aaa"
+
+
+def test_what_nobody_waits_for_takes_its_turn_after_a_minute(jobs, clock):
+    "A service that is never idle still does it: a minute later it goes between two jobs of the others, however urgent, and no more than that."
+    def score():
+        with jobs.writing() as ledger:
+            requests.follow(ledger, str(clock[0]), "score")
+
+    def turn():
+        jobs.submit("noop", {}, owner="ada", priority=9)
+        claim, clock[0] = jobs.claim("w"), clock[0] + 1
+        claim.publish([], {})
+        return claim.job.kind
+
+    for _ in range(3):
+        score()
+        turn()
+    assert {turn() for _ in range(54)} == {"noop"}
+    clock[0] += 10
+    score()
+    assert [turn() for _ in range(10)] == ["score", "noop"] * 3 + ["noop"] * 4, "the youngest has yet to wait"
+
+
+def test_what_an_answer_waits_for_goes_next(jobs):
+    clips = [jobs.submit("noop", {}, owner="ada", view=view, priority=5) for view in (requests.AWAITED, "", "generate-video")]
+    for claim in [jobs.claim("w") for _ in clips]:
+        claim.publish([], {}, then=("score",))
+    assert [j.priority for j in jobs.list(kind="score", newest_first=False)] == [6, requests.LAST, requests.LAST]
+    jobs.submit("noop", {}, owner="bob", priority=5)
+    assert jobs.claim("w").job.spec == {"of": clips[0].id}
 
 
 def test_prompt_i_goes_to_device_i_modulo_n(jobs):

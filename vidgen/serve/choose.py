@@ -11,6 +11,7 @@ from typing import NamedTuple
 from ..errors import need
 from .claims import Claim
 from .ledger import Ledger
+from .requests import LAST
 
 SKIPS, PATIENCE, ALIVE = 5, 60.0, 60.0  # times and seconds a job lets others pass; seconds after which a silent worker's memory counts as free
 
@@ -51,12 +52,13 @@ def ready(ledger: Ledger, room: Room) -> list:
 
 
 def heads(ledger: Ledger, where: list) -> list:
-    "The oldest job of each owner and model at the highest priority there is, fairest turn first."
+    "The oldest job of each owner and model at the highest priority there is, and of what nobody waits for but is overdue; fairest turn first."
     sa, job, turn = need("sqlalchemy", "serve"), ledger.t.job, ledger.t.turn
     top = ledger.run(sa.select(sa.func.max(job.c.priority)).where(*where)).scalar()
     if top is None:
         return []
-    first = sa.select(sa.func.min(job.c.id)).where(*where, job.c.priority == top).group_by(job.c.owner, job.c.model)
+    overdue = (job.c.priority <= LAST) & (job.c.created_at < ledger.now - PATIENCE)
+    first = sa.select(sa.func.min(job.c.id)).where(*where, (job.c.priority == top) | overdue).group_by(job.c.owner, job.c.model)
     rows = ledger.run(job.select().where(job.c.id.in_(first))).all()
     running = dict(ledger.run(sa.select(job.c.owner, sa.func.count()).where(job.c.state == "running").group_by(job.c.owner)).all())
     served = dict(ledger.run(sa.select(turn.c.owner, turn.c.served_at).where(turn.c.owner.in_([r.owner for r in rows]))).all())

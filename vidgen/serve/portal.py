@@ -16,6 +16,7 @@ from typing import Annotated, Literal
 from .guard import Problem, redraw
 from .native import batch_jobs
 from .records import Job
+from .requests import AWAITED
 from .score import scored
 from .service import MOST_BATCH, Bound, Frames, Generation, Options, Prompted, Rate, Service, Text, artifact, body, checked, documented, preference, send_file, upload, wait
 
@@ -110,7 +111,7 @@ def _waiting(api, service: Service) -> None:
         spec = spec_of(checked(GenerateVideo, values), form)
         if data is not None:
             spec["image"] = await asyncio.to_thread(lambda: upload(service.jobs, redraw(data), "image.png", who.owner, "image/png"))
-        job = await asyncio.to_thread(lambda: service.accept(who, spec, view="generate-video"))
+        job = await asyncio.to_thread(lambda: service.accept(who, spec, view=AWAITED if form else "generate-video"))
         job = await wait(service.jobs, job, preference(prefer, service.settings.serve.wait, service.settings.serve.wait))
         if not job.ended:
             return JSONResponse({"job_id": job.id, "status": STATUS[job.state], "status_url": f"{base(request)}/status/{job.id}"}, 202, {"Location": f"/status/{job.id}"})

@@ -298,11 +298,13 @@ def needs(jobs, spec: dict) -> dict:
 
 # %% ../../nbs/70_serve/780_service.ipynb #a4452d00
 def used_seconds(jobs, owner: str, window: float = 86400) -> float:
-    "Seconds of computing that the owner's jobs took which ended within the window."
-    sa, now = need("sqlalchemy", "serve"), time.time()
+    "Seconds of computing that the owner's jobs took which run or ended within the window, deleted ones too (for a day)."
+    sa = need("sqlalchemy", "serve")
     with jobs.reading() as ledger:
-        t = ledger.t.job.c
-        return ledger.run(sa.select(sa.func.sum(t.finished_at - t.started_at)).where(t.owner == owner, t.finished_at > now - window, t.started_at.is_not(None))).scalar() or 0.0
+        t, gone, since = ledger.t.job.c, ledger.t.spent.c, ledger.now - window
+        took = sa.func.sum(sa.func.coalesce(t.finished_at, ledger.now) - t.started_at)
+        kept = sa.select(took).where(t.owner == owner, t.started_at.is_not(None), sa.or_(t.state == "running", t.finished_at > since))
+        return sum(ledger.run(asked).scalar() or 0.0 for asked in (kept, sa.select(sa.func.sum(gone.seconds)).where(gone.owner == owner, gone.at > since)))
 
 
 def waiting(jobs, most: int) -> int:
