@@ -509,6 +509,52 @@ def test_an_adapter_is_a_registered_name_and_no_path(http, service):
     assert service.jobs.list()[0].spec["adapter"] == "my-brand"
 
 
+def test_an_adapter_of_another_model_is_refused_and_not_accepted_to_fail(http, service):
+    import numpy as np
+    from safetensors.numpy import save_file
+
+    from vidgen.models import registry
+    from vidgen.store import fingerprint
+
+    def registered(name, **facts):
+        (service.jobs.root / "adapters" / name).mkdir(parents=True)
+        save_file({"transformer.x.lora_A.weight": np.zeros((1, 2), np.float32)}, service.jobs.root / "adapters" / name / "a.safetensors", {"vidgen": json.dumps(facts)})
+
+    same = fingerprint(registry.resolve("shapes-t2v")[1] / "transformer")
+    registered("mine", base="shapes-i2v", base_hash="0" * 64, family=registry.entries()["shapes-i2v"].family)
+    registered("other-family", base="wan-1.3b", base_hash=same, family="wan")
+    registered("renamed", base="my-shapes", base_hash=same, family=registry.entries()["shapes-t2v"].family)
+    registered("own", base="shapes-t2v", family=registry.entries()["shapes-t2v"].family)
+    registered("foreign")
+    ask = lambda name: http.post("/v1/jobs", json={"spec": {"prompt": PROMPT, "adapter": name}})
+    assert [ask(name).status_code for name in ("mine", "other-family", "renamed", "own", "foreign")] == [422, 422, 202, 202, 202]
+    said = ask("mine").json()
+    assert said["code"] == "wrong_adapter" and "trained on shapes-i2v" in said["detail"] and "shapes-t2v" in said["detail"] and http.post("/v1/videos", json={"prompt": PROMPT, "lora": "mine"}).json()["error"]["param"] == "lora"
+
+
+@pytest.mark.parametrize(("text", "scored"), [("true", True), ("on", True), ("1", True), ("false", True), ("0", True), ("maybe", None)])
+def test_a_form_may_say_yes_and_no(http, service, text, scored):
+    said = http.post("/generate-video", data={"prompt": PROMPT, "score": text}, headers={"Prefer": "respond-async"})
+    assert said.status_code == (422 if scored is None else 202) and [j.spec["score"] for j in service.jobs.list()] == [scored] * (scored is not None)
+
+
+ASKING = {"/v1/jobs": {"spec": {"prompt": PROMPT}}, "/v1/batches": {"specs": [{"prompt": PROMPT}]}, "/generate": {"prompt": PROMPT}, "/generate-video": {"prompt": PROMPT}, "/v1/videos": {"prompt": PROMPT},
+          "/api/video/single_inference": {"prompt": PROMPT}, "/api/video/batch_inference": {"prompts": [PROMPT]}, "/v1/videos/{id}/remix": {"prompt": "another"}, "/v1/jobs/{id}/retry": None}
+
+
+@pytest.mark.parametrize("path", ASKING)
+def test_every_way_into_the_queue_takes_a_key(http, service, path):
+    document = http.get("/openapi.json").json()["paths"]
+    shown = next(about["post"] for route, about in document.items() if route.replace("{video_id}", "{id}").replace("{job_id}", "{id}") == path)
+    assert "idempotency-key" in [p["name"].lower() for p in shown["parameters"]]
+    old = ask(http)
+    http.post(old["links"]["cancel"])
+    for _ in range(2):
+        said = http.post(path.replace("{id}", old["id"]), json=ASKING[path], headers={"Idempotency-Key": "once", "Prefer": "respond-async"})
+        assert said.status_code in (200, 202), said.text
+    assert len(service.jobs.list()) == 2
+
+
 # S3
 
 def test_portal_single(http, service):
