@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MOST_STEPS', 'MOST_PROMPT', 'MOST_BATCH', 'Text', 'Frames', 'Size', 'Rate', 'FORM_FLAGS', 'FORM_VALUES', 'MOST_NAME',
            'Bound', 'Options', 'Prompted', 'Generation', 'from_form', 'checked', 'body', 'documented', 'key_header',
-           'model', 'check_spec', 'within', 'made_frames', 'adapters', 'problem', 'needs', 'used_seconds', 'waiting',
+           'model', 'adapters', 'check_spec', 'within', 'made_frames', 'problem', 'needs', 'used_seconds', 'waiting',
            'Service', 'database', 'filename', 'artifact', 'gone', 'send_file', 'upload', 'wait', 'preference']
 
 # %% ../../nbs/70_serve/780_service.ipynb #ccf478e4
@@ -188,7 +188,45 @@ def model(name: str):
     "(entry, rules) of a model by name. Errors: Problem 422 for a name that is none, 503 for one that isn't ready here."
     return _model(name, int(time.time() // 60))[:2]
 
+# %% ../../nbs/70_serve/780_service.ipynb #e18341a9
+def adapters(root: Path) -> list[str]:
+    "Names of the adapters registered in the folder of stored files."
+    return sorted(p.parent.name for p in (root / "adapters").glob("*/*.safetensors"))
 
+
+def _check_adapter(name: str | None, root: Path, entry) -> None:
+    if name is None:
+        return
+    if name not in adapters(root):
+        raise Problem(422, "unknown_adapter", str(unknown("adapter", name[:80], adapters(root))), param="adapter")
+    file = min((root / "adapters" / name).glob("*.safetensors"))
+    if (base := _base(file, file.stat().st_mtime_ns)).get("base") and not _belongs(base, entry):
+        raise Problem(422, "wrong_adapter", f"the adapter {name} was trained on {base['base']}, and this clip is made by {entry.name}: leave it out, or ask for model {base['base']}", param="adapter")
+
+
+@lru_cache(maxsize=256)
+def _base(file: Path, stamp: int) -> dict:
+    "What an adapter's file says of the model it was trained on; nothing, where vidgen didn't write it."
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(str(file), "numpy") as f:
+            said = json.loads((f.metadata() or {}).get("vidgen", "{}"))
+        return said if isinstance(said, dict) else {}
+    except (SafetensorError, ValueError, OSError):
+        return {}
+
+
+def _belongs(base: dict, entry) -> bool:
+    "Was it trained on this model, or on one of another name with the same transformer?"
+    from vidgen.models import registry
+    from vidgen.store import fingerprint
+
+    if base["base"] == entry.name or base.get("family") not in (None, "", entry.family):
+        return base["base"] == entry.name
+    return fingerprint(registry.resolve(entry.name)[1] / "transformer") == base.get("base_hash")
+
+# %% ../../nbs/70_serve/780_service.ipynb #11ad6c0b
 def check_spec(
     spec: dict,
     default: str,             # the model where none is named
@@ -254,44 +292,6 @@ def _near(counts, count: int) -> list[int]:
     return sorted(sorted(counts, key=lambda n: abs(n - count))[:2])
 
 
-def adapters(root: Path) -> list[str]:
-    "Names of the adapters registered in the folder of stored files."
-    return sorted(p.parent.name for p in (root / "adapters").glob("*/*.safetensors"))
-
-
-def _check_adapter(name: str | None, root: Path, entry) -> None:
-    if name is None:
-        return
-    if name not in adapters(root):
-        raise Problem(422, "unknown_adapter", str(unknown("adapter", name[:80], adapters(root))), param="adapter")
-    file = min((root / "adapters" / name).glob("*.safetensors"))
-    if (base := _base(file, file.stat().st_mtime_ns)).get("base") and not _belongs(base, entry):
-        raise Problem(422, "wrong_adapter", f"the adapter {name} was trained on {base['base']}, and this clip is made by {entry.name}: leave it out, or ask for model {base['base']}", param="adapter")
-
-
-@lru_cache(maxsize=256)
-def _base(file: Path, stamp: int) -> dict:
-    "What an adapter's file says of the model it was trained on; nothing, where vidgen didn't write it."
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(str(file), "numpy") as f:
-            said = json.loads((f.metadata() or {}).get("vidgen", "{}"))
-        return said if isinstance(said, dict) else {}
-    except (SafetensorError, ValueError, OSError):
-        return {}
-
-
-def _belongs(base: dict, entry) -> bool:
-    "Was it trained on this model, or on one of another name with the same transformer?"
-    from vidgen.models import registry
-    from vidgen.store import fingerprint
-
-    if base["base"] == entry.name or base.get("family") not in (None, "", entry.family):
-        return base["base"] == entry.name
-    return fingerprint(registry.resolve(entry.name)[1] / "transformer") == base.get("base_hash")
-
-
 def _check_cache(text: str | None) -> None:
     from vidgen.generate.steps import asked
 
@@ -351,8 +351,8 @@ def waiting(jobs, most: int) -> int:
 
 # %% ../../nbs/70_serve/780_service.ipynb #6bdf04c8
 @dataclass
-class Service:
-    "Jobs, keys, limits and settings of a running service; `owners` of jobs are the owners of keys, and \"\" while there is none."
+class _Callers:
+    "What a service consists of, and who may ask it."
     jobs: object        # vidgen.serve.Jobs
     keys: Keys
     limiter: Limiter
@@ -403,6 +403,10 @@ class Service:
             return self.keys.holds(who.key) if who.key else not self.keys.exist()
         except Unavailable:
             return True
+
+# %% ../../nbs/70_serve/780_service.ipynb #361a7a77
+class Service(_Callers):
+    "Jobs, keys, limits and settings of a running service; `owners` of jobs are the owners of keys, and \"\" while there is none."
 
     def accept(self, who: Caller, spec: dict, *, kind: str = "generate", key: str | None = None, **how) -> Job:
         "Put a job into the queue, or find what its idempotency key stands for; `how` as for `Jobs.submit`. Errors: Problem."
