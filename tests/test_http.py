@@ -93,6 +93,60 @@ def test_one_key_is_one_job(http):
     assert first.json()["id"] == again.json()["id"] and again.json()["repeated"] and other.status_code == 409 and other.json()["code"] == "conflict"
 
 
+@pytest.mark.parametrize("change", [{"priority": 9}, {"expires_in": 5}, {"headers": {"Cancel-After": "60"}}, {"spec": {"prompt": PROMPT, "seed": 1}}])
+def test_a_key_stands_for_the_whole_request(http, change):
+    head = {"Idempotency-Key": "k1"}
+    send = lambda headers=(), **more: http.post("/v1/jobs", json={"spec": {"prompt": PROMPT}} | more, headers=head | dict(headers))
+    assert send().status_code == send().status_code == 202
+    assert (send(**change).status_code, send(**change).json()["code"]) == (409, "conflict") and send().json()["repeated"]
+
+
+def test_what_was_accepted_is_answered_again_whatever_is_refused_by_now(opened, monkeypatch):
+    from vidgen.serve import storage
+    from vidgen.serve.records import Unavailable
+
+    service = opened(serve_queued=3, serve_device_seconds_per_day=1)
+    http, picture = client(service), io.BytesIO()
+    Image.new("RGB", (96, 64)).save(picture, "PNG")
+    up = http.post("/v1/uploads", files={"image": ("a.png", picture.getvalue())}).json()["id"]
+    one = lambda key, **spec: http.post("/v1/jobs", json={"spec": {"prompt": PROMPT, **spec}}, headers={"Idempotency-Key": key})
+    many = lambda: http.post("/v1/batches", json={"specs": [{"prompt": PROMPT}] * 2}, headers={"Idempotency-Key": "b"})
+    first, batch = one("q0", image=up).json(), many().json()
+    same = lambda: (one("q0", image=up).json().get("id"), many().json().get("id")) == (first["id"], batch["id"])
+    assert one("new").status_code == 503 and same(), "the queue is full"
+    finish(service)
+    with service.jobs.writing() as ledger:
+        ledger.run(ledger.t.job.update().where(ledger.t.job.c.state == "succeeded").values(started_at=ledger.now - 9))
+        ledger.run(ledger.t.artifact.update().where(ledger.t.artifact.c.id == up).values(removed_at=ledger.now))
+    assert one("new").status_code == 429 and one("new", image=up).status_code == 422 and same(), "the share is spent, and the picture gone"
+    with service.jobs.writing() as ledger:
+        ledger.run(ledger.t.job.update().where(ledger.t.job.c.state == "succeeded").values(started_at=ledger.now))
+    monkeypatch.setattr(storage, "refuse_full", lambda jobs: (_ for _ in ()).throw(Unavailable("full", "storage_full")))
+    assert one("new").status_code == 507 and same(), "the disk is full"
+
+
+def test_a_key_of_a_batch_is_the_whole_batch(http):
+    send = lambda count, **more: http.post("/v1/batches", json={"specs": [{"prompt": PROMPT, "seed": i} for i in range(count)], **more}, headers={"Idempotency-Key": "b1"})
+    made, again = send(3), send(3)
+    assert made.status_code == again.status_code == 202 and again.json()["id"] == made.json()["id"] and len(again.json()["jobs"]) == 3
+    assert [send(2).status_code, send(4).status_code, send(3, priority=1).status_code] == [409] * 3 and "'b1'" in send(2).json()["detail"]
+    for key in ("b1", "b1/0"):
+        alone = http.post("/v1/jobs", json={"spec": {"prompt": PROMPT, "seed": 0}}, headers={"Idempotency-Key": key})
+        assert alone.status_code == 202 and alone.json()["batch"] is None and not alone.json()["repeated"]
+    assert len(http.get(f"/v1/batches/{made.json()['id']}").json()["jobs"]) == 3
+    for job in made.json()["jobs"]:
+        assert len(send(3).json()["jobs"]) == 3
+        http.post(job["links"]["cancel"])
+        http.post(f"/v1/jobs/{job['id']}/retry")
+    assert send(3).status_code == 409 and "asked for again since" in send(3).json()["detail"]
+
+
+@pytest.mark.parametrize(("path", "body"), [("/v1/batches", {"specs": [{"prompt": PROMPT}, {"prompt": PROMPT, "num_frames": 3}, {"prompt": PROMPT}]}), ("/api/video/batch_inference", {"prompts": [PROMPT, " ", PROMPT]})])
+def test_a_clip_of_a_batch_that_can_not_be_made_is_named(http, service, path, body):
+    said = http.post(path, json=body)
+    assert said.status_code == 422 and said.json()["detail"].startswith("job 2 of 3 (index 1): ") and said.json()["index"] == 1 and service.jobs.list() == []
+
+
 def test_cancel_retry_delete(http, service):
     job = ask(http)
     assert http.delete(f"/v1/jobs/{job['id']}").status_code == 409
@@ -231,12 +285,16 @@ def test_a_batch_of_which_the_middle_breaks_leaves_nothing(http, service, monkey
     assert len(seen) == 3 and service.jobs.list() == []
 
 
-def test_what_is_asked_again_stands_in_its_batch(http, service):
+def test_what_is_asked_again_takes_its_place_in_the_batch(http, service):
     made = http.post("/v1/batches", json={"specs": [{"prompt": PROMPT, "seed": i} for i in range(8)]}).json()
     http.post(made["jobs"][3]["links"]["cancel"])
     again = http.post(f"/v1/jobs/{made['jobs'][3]['id']}/retry").json()
     found = http.get(f"/v1/batches/{made['id']}").json()
-    assert [j["id"] for j in found["jobs"]] == [*(j["id"] for j in made["jobs"]), again["id"]] and found["states"] == {"queued": 8, "canceled": 1}
+    assert [j["id"] for j in found["jobs"]] == [again["id"] if n == 3 else j["id"] for n, j in enumerate(made["jobs"])] and found["states"] == {"queued": 8}
+    twice = http.post(f"/v1/jobs/{made['jobs'][3]['id']}/retry").json()
+    assert twice["batch"] is None and again["batch"] == made["id"] and http.get(f"/v1/jobs/{made['jobs'][3]['id']}").json()["batch"] is None
+    total = http.get(f"/api/video/batch_status/{made['id']}").json()
+    assert (total["total"], total["pending"], total["failed"]) == (8, 8, 0)
 
 
 def test_an_upload_whose_time_is_over_is_refused_and_not_accepted_to_fail(http, service):
@@ -452,6 +510,35 @@ def test_a_form_is_answered_when_its_clip_is_scored(http, service):
     assert [j["kind"] for j in http.get("/v1/jobs").json()["data"]] == ["generate"], "the job that scored is nobody's"
 
 
+def test_a_score_that_an_answer_waits_for_is_next_whatever_others_ask(opened):
+    "Three users in a closed loop: the queue is never empty, and the form is answered with its score nevertheless."
+    service = opened(serve_wait=20)
+    until, http = time.monotonic() + 20, client(service)
+    for user in range(3):
+        service.jobs.submit("noop", {}, owner=f"user {user}")
+
+    def work():
+        while time.monotonic() < until:
+            claim = take(service)
+            if claim.job.kind == "generate":
+                (claim.staging / "video.mp4").write_bytes(b"frames")
+                claim.publish([claim.staging / "video.mp4"], {"video": "video.mp4", "frames": 17, "fps": 8}, then=("score",))
+            elif claim.job.kind == "score":
+                from vidgen.serve.score import note
+
+                note(service.jobs, claim.job.spec["of"], temporal_score=0.75)
+                return claim.publish([], {})
+            else:
+                claim.publish([], {})
+                service.jobs.submit("noop", {}, owner=claim.job.owner)
+
+    worker = threading.Thread(target=work)
+    worker.start()
+    said = http.post("/generate-video", data={"prompt": PROMPT})
+    worker.join()
+    assert said.status_code == 200 and said.json()["temporal_score"] == 0.75
+
+
 def test_an_adapter_is_a_registered_name_and_no_path(http, service):
     (service.jobs.root / "adapters/my-brand").mkdir(parents=True)
     (service.jobs.root / "adapters/my-brand/pytorch_lora_weights.safetensors").write_bytes(b"")
@@ -459,6 +546,52 @@ def test_an_adapter_is_a_registered_name_and_no_path(http, service):
         assert http.post("/generate-video", data={"prompt": PROMPT, "lora": wrong}, headers={"Prefer": "respond-async"}).status_code == 422
     assert http.post("/generate-video", data={"prompt": PROMPT, "lora": "my-brand"}, headers={"Prefer": "respond-async"}).status_code == 202
     assert service.jobs.list()[0].spec["adapter"] == "my-brand"
+
+
+def test_an_adapter_of_another_model_is_refused_and_not_accepted_to_fail(http, service):
+    import numpy as np
+    from safetensors.numpy import save_file
+
+    from vidgen.models import registry
+    from vidgen.store import fingerprint
+
+    def registered(name, **facts):
+        (service.jobs.root / "adapters" / name).mkdir(parents=True)
+        save_file({"transformer.x.lora_A.weight": np.zeros((1, 2), np.float32)}, service.jobs.root / "adapters" / name / "a.safetensors", {"vidgen": json.dumps(facts)})
+
+    same = fingerprint(registry.resolve("shapes-t2v")[1] / "transformer")
+    registered("mine", base="shapes-i2v", base_hash="0" * 64, family=registry.entries()["shapes-i2v"].family)
+    registered("other-family", base="wan-1.3b", base_hash=same, family="wan")
+    registered("renamed", base="my-shapes", base_hash=same, family=registry.entries()["shapes-t2v"].family)
+    registered("own", base="shapes-t2v", family=registry.entries()["shapes-t2v"].family)
+    registered("foreign")
+    ask = lambda name: http.post("/v1/jobs", json={"spec": {"prompt": PROMPT, "adapter": name}})
+    assert [ask(name).status_code for name in ("mine", "other-family", "renamed", "own", "foreign")] == [422, 422, 202, 202, 202]
+    said = ask("mine").json()
+    assert said["code"] == "wrong_adapter" and "trained on shapes-i2v" in said["detail"] and "shapes-t2v" in said["detail"] and http.post("/v1/videos", json={"prompt": PROMPT, "lora": "mine"}).json()["error"]["param"] == "lora"
+
+
+@pytest.mark.parametrize(("text", "scored"), [("true", True), ("on", True), ("1", True), ("false", True), ("0", True), ("maybe", None)])
+def test_a_form_may_say_yes_and_no(http, service, text, scored):
+    said = http.post("/generate-video", data={"prompt": PROMPT, "score": text}, headers={"Prefer": "respond-async"})
+    assert said.status_code == (422 if scored is None else 202) and [j.spec["score"] for j in service.jobs.list()] == [scored] * (scored is not None)
+
+
+ASKING = {"/v1/jobs": {"spec": {"prompt": PROMPT}}, "/v1/batches": {"specs": [{"prompt": PROMPT}]}, "/generate": {"prompt": PROMPT}, "/generate-video": {"prompt": PROMPT}, "/v1/videos": {"prompt": PROMPT},
+          "/api/video/single_inference": {"prompt": PROMPT}, "/api/video/batch_inference": {"prompts": [PROMPT]}, "/v1/videos/{id}/remix": {"prompt": "another"}, "/v1/jobs/{id}/retry": None}
+
+
+@pytest.mark.parametrize("path", ASKING)
+def test_every_way_into_the_queue_takes_a_key(http, service, path):
+    document = http.get("/openapi.json").json()["paths"]
+    shown = next(about["post"] for route, about in document.items() if route.replace("{video_id}", "{id}").replace("{job_id}", "{id}") == path)
+    assert "idempotency-key" in [p["name"].lower() for p in shown["parameters"]]
+    old = ask(http)
+    http.post(old["links"]["cancel"])
+    for _ in range(2):
+        said = http.post(path.replace("{id}", old["id"]), json=ASKING[path], headers={"Idempotency-Key": "once", "Prefer": "respond-async"})
+        assert said.status_code in (200, 202), said.text
+    assert len(service.jobs.list()) == 2
 
 
 # S3

@@ -356,6 +356,27 @@ def test_a_day_of_computing_is_limited(opened):
     assert http.post("/v1/jobs", json=spec(), headers=ada).json()["code"] == "quota_spent" and http.post("/v1/jobs", json=spec(), headers=eve).status_code == 202
 
 
+def test_a_share_that_is_spent_does_not_come_back_by_deleting(opened):
+    service = opened(serve_device_seconds_per_day=10)
+    http, ada = client(service), bearer(service, "ada")
+    job = http.post("/v1/jobs", json=spec(), headers=ada).json()["id"]
+    claim, t = service.jobs.claim("w"), service.jobs
+    with t.writing() as ledger:
+        ledger.run(ledger.t.job.update().values(started_at=ledger.now - 11))
+    assert http.post("/v1/jobs", json=spec(), headers=ada).json()["code"] == "quota_spent", "what runs counts"
+    claim.publish([], {})
+    for state in ("ended", "deleted"):
+        assert http.post("/v1/jobs", json=spec(), headers=ada).json()["code"] == "quota_spent", state
+        http.delete(f"/v1/jobs/{job}", headers=ada)
+    with t.writing() as ledger:
+        assert ledger.run(ledger.t.spent.update().values(at=ledger.t.spent.c.at - 86400)).rowcount == 1
+    assert http.post("/v1/jobs", json=spec(), headers=ada).status_code == 202, "after a day it does"
+    http.post(f"/v1/jobs/{t.list()[0].id}/cancel", headers=ada)
+    http.delete(f"/v1/jobs/{t.list()[0].id}", headers=ada)
+    with t.reading() as ledger:
+        assert ledger.run(ledger.t.spent.select()).all() == [], "and is forgotten"
+
+
 # from where (API7, API8)
 
 @pytest.mark.parametrize(("head", "status"), [

@@ -13,7 +13,7 @@ import pytest
 from serving import record
 
 from vidgen.errors import Canceled
-from vidgen.serve import lapse, storage
+from vidgen.serve import lapse, requests, storage
 from vidgen.serve.claims import Claim
 from vidgen.serve.jobs import Jobs
 from vidgen.serve.records import ENDED, Conflict, Lost, NotFound, QueueFull, Unavailable
@@ -62,8 +62,23 @@ def test_a_key_is_one_job_however_many_ask_at_once(jobs):
     assert len({j.id for j in made}) == 1 and sum(not j.repeated for j in made) == 1
     assert jobs.submit("noop", {"b": 2, "a": 1}, owner="ada", key="k").repeated
     assert jobs.submit("noop", {}, owner="bob", key="k").id != made[0].id
-    with pytest.raises(Conflict, match="another request"):
-        jobs.submit("noop", {"a": 2}, owner="ada", key="k")
+    for other in (dict(spec={"a": 2}), dict(priority=1), dict(expires_in=5), dict(cancel_after=5), dict(model="m")):
+        with pytest.raises(Conflict, match="another request"):
+            jobs.submit("noop", **dict(spec={"a": 1, "b": 2}, owner="ada", key="k") | other)
+
+
+def test_a_key_of_a_batch_is_the_whole_batch_however_many_ask_at_once(jobs):
+    asked = [{"kind": "noop", "spec": {"n": n}} for n in range(3)]
+    with ThreadPoolExecutor(8) as pool:
+        made = list(pool.map(lambda _: jobs.submit_all(asked, owner="ada", key="b"), range(8)))
+    assert len({tuple(j.id for j in one) for one in made}) == 1 and len(jobs.list()) == 3 and len({j.batch for j in made[0]}) == 1
+    for other, how in ((asked[:2], {}), ([*asked, asked[0]], {}), (asked[::-1], {}), (asked, dict(priority=1))):
+        with pytest.raises(Conflict, match="'b' stands for another request"):
+            jobs.submit_all(other, owner="ada", key="b", **how)
+    assert not jobs.submit("noop", {"n": 0}, owner="ada", key="b").repeated and not jobs.submit("noop", {"n": 0}, owner="ada", key="b/0").repeated
+    jobs.cancel(made[0][0].id)
+    jobs.delete(made[0][0].id)
+    assert [j.id for j in jobs.submit_all(asked, owner="ada", key="b")] == [j.id for j in made[0][1:]], "what is left of it, and nothing new"
 
 
 @pytest.mark.parametrize("how", [dict(priority=101), dict(expires_in=0), dict(expires_in=float("nan")), dict(expires_in=1e9), dict(key=""), dict(memory_mib=-1)])
@@ -253,6 +268,36 @@ def test_owners_take_turns(jobs, clock):
         order.append(claim.job.owner)
         claim.publish([], {})
     assert "".join(order) == "ababab" + "aaa"
+
+
+def test_what_nobody_waits_for_takes_its_turn_after_a_minute(jobs, clock):
+    "A service that is never idle still does it: a minute later it goes between two jobs of the others, however urgent, and no more than that."
+    def score():
+        with jobs.writing() as ledger:
+            requests.follow(ledger, str(clock[0]), "score")
+
+    def turn():
+        jobs.submit("noop", {}, owner="ada", priority=9)
+        claim, clock[0] = jobs.claim("w"), clock[0] + 1
+        claim.publish([], {})
+        return claim.job.kind
+
+    for _ in range(3):
+        score()
+        turn()
+    assert {turn() for _ in range(54)} == {"noop"}
+    clock[0] += 10
+    score()
+    assert [turn() for _ in range(10)] == ["score", "noop"] * 3 + ["noop"] * 4, "the youngest has yet to wait"
+
+
+def test_what_an_answer_waits_for_goes_next(jobs):
+    clips = [jobs.submit("noop", {}, owner="ada", view=view, priority=5) for view in (requests.AWAITED, "", "generate-video")]
+    for claim in [jobs.claim("w") for _ in clips]:
+        claim.publish([], {}, then=("score",))
+    assert [j.priority for j in jobs.list(kind="score", newest_first=False)] == [6, requests.LAST, requests.LAST]
+    jobs.submit("noop", {}, owner="bob", priority=5)
+    assert jobs.claim("w").job.spec == {"of": clips[0].id}
 
 
 def test_prompt_i_goes_to_device_i_modulo_n(jobs):
@@ -459,6 +504,21 @@ def test_nothing_is_taken_up_whose_time_is_over(jobs, clock):
     assert again.cancel_at is None, "the time was the first request's"
     with pytest.raises(ValueError, match="30 days"):
         jobs.submit("noop", {}, cancel_after=float("inf"))
+
+
+def test_a_job_that_was_begun_in_time_does_not_expire(jobs, clock):
+    "Drained, crashed or tried again, it goes on; only what was never taken up is too late."
+    for again in (lambda c: c.release("the worker was stopped"), lambda c: c.fail({"code": "x", "message": "y"}, retry=True, after=0), lambda c: lapse.gone(jobs, "w")):
+        job = jobs.submit("noop", {}, expires_in=3)
+        again(jobs.claim("w"))
+        clock[0] += 10
+        assert jobs.expire() == 0 and jobs.get(job.id).state == "queued"
+        jobs.claim("w").publish([], {})
+        assert jobs.get(job.id).state == "succeeded"
+    late = jobs.submit("noop", {}, expires_in=3)
+    clock[0] += 3
+    assert jobs.claim("w") is None and jobs.expire() == 1
+    assert jobs.get(late.id).state == "expired" and jobs.get(jobs.retry(late.id).id).expires_at == clock[0] + 3, "asked again is a new job"
 
 
 def test_a_clock_that_is_set_shortens_no_time(jobs, clock):

@@ -84,7 +84,7 @@ class Machine(RuleBasedStateMachine):
     def submit(self, owner, priority, key, seed, expires, mib, name):
         spec, known = {"seed": seed}, self.keys.get((owner, key)) if key else None
         ask = lambda: self.jobs.submit("noop", spec, owner=owner, priority=priority, key=key, expires_in=expires, memory_mib=mib, model=name)
-        if known and known[1] != (seed, name):
+        if known and known[1] != (seed, name, priority, expires):
             with pytest.raises(Conflict):
                 ask()
             return
@@ -94,7 +94,7 @@ class Machine(RuleBasedStateMachine):
             self.model[job.id] = Model(state="queued", fence=0, attempt=0, crashes=0, cancel=False, undo=set(), ending=None, not_before=self.now, created=self.now, lease=None, mib=mib,
                                        expires=None if expires is None else self.now + expires, ended=0, ready=False, finished=None, key=(owner, key))
             if key:
-                self.keys[owner, key] = (job.id, (seed, name))
+                self.keys[owner, key] = (job.id, (seed, name, priority, expires))
 
     @precondition(lambda self: self.model)
     @rule(act=st.sampled_from(["cancel", "cancel", "delete"]), which=st.integers(0, 9))
@@ -146,7 +146,7 @@ class Machine(RuleBasedStateMachine):
         job = self.model[claim.job.id]
         assert claim.job.id in ready and claim.fence == job.fence + 1 and claim.ending == ({"state": job.ending, "error": claim.ending["error"]} if job.ending else None)
         assert set(claim.done) >= job.undo
-        job.update(state="running", fence=claim.fence, lease=self.now + 60, attempt=job.attempt + (job.ending is None), device=device)
+        job.update(state="running", fence=claim.fence, lease=self.now + 60, attempt=job.attempt + (job.ending is None), device=device, expires=None)
         self.claims.append(claim)
 
     def chosen(self, which, zombie):

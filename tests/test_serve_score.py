@@ -106,6 +106,19 @@ def test_a_score_leaves_the_slot_when_a_clip_waits(here):
     assert follower(jobs).state == "succeeded" and jobs.get(job.id).result["temporal_score"] > 0 and whole(jobs) == {"succeeded": 3}
 
 
+def test_a_score_that_is_overdue_does_not_leave_the_slot(here):
+    jobs, worker = here
+    job = jobs.submit("film", {"frames": 160})
+    worker.once()
+    with jobs.writing() as ledger:
+        ledger.run(ledger.t.job.update().where(ledger.t.job.c.kind == "score").values(created_at=ledger.now - 61))
+    asked = threading.Timer(0.3, lambda: jobs.submit("three", {"n": 1}, priority=100))
+    asked.start()
+    worker.once()
+    asked.join()
+    assert follower(jobs).state == "succeeded" and jobs.get(job.id).result["temporal_score"] > 0 and follower(jobs).attempt == 1
+
+
 def test_a_clip_goes_before_a_score_whoever_asked_first(here):
     jobs, worker = here
     jobs.submit("film", {}, owner="ada")

@@ -11,6 +11,7 @@ from typing import NamedTuple
 from ..errors import need
 from .claims import Claim
 from .ledger import Ledger
+from .requests import LAST
 
 SKIPS, PATIENCE, ALIVE = 5, 60.0, 60.0  # times and seconds a job lets others pass; seconds after which a silent worker's memory counts as free
 
@@ -46,16 +47,18 @@ def ready(ledger: Ledger, room: Room) -> list:
     sa, job = need("sqlalchemy", "serve"), ledger.t.job.c
     placed = [] if room.index is None else [sa.or_(job.place.is_(None), job.place % room.devices == room.index)]
     waits = sa.or_(job.cancel_at.is_(None), job.cancel_at > ledger.now, job.ending.is_not(None))  # what is to be undone is, however late
-    return [job.state == "queued", job.not_before <= ledger.now, sa.or_(job.expires_at.is_(None), job.expires_at > ledger.now), waits, *placed]
+    timely = sa.or_(job.expires_at.is_(None), job.expires_at > ledger.now, job.started_at.is_not(None))  # once begun, it is in time for good
+    return [job.state == "queued", job.not_before <= ledger.now, timely, waits, *placed]
 
 
 def heads(ledger: Ledger, where: list) -> list:
-    "The oldest job of each owner and model at the highest priority there is, fairest turn first."
+    "The oldest job of each owner and model at the highest priority there is, and of what nobody waits for but is overdue; fairest turn first."
     sa, job, turn = need("sqlalchemy", "serve"), ledger.t.job, ledger.t.turn
     top = ledger.run(sa.select(sa.func.max(job.c.priority)).where(*where)).scalar()
     if top is None:
         return []
-    first = sa.select(sa.func.min(job.c.id)).where(*where, job.c.priority == top).group_by(job.c.owner, job.c.model)
+    overdue = (job.c.priority <= LAST) & (job.c.created_at < ledger.now - PATIENCE)
+    first = sa.select(sa.func.min(job.c.id)).where(*where, (job.c.priority == top) | overdue).group_by(job.c.owner, job.c.model)
     rows = ledger.run(job.select().where(job.c.id.in_(first))).all()
     running = dict(ledger.run(sa.select(job.c.owner, sa.func.count()).where(job.c.state == "running").group_by(job.c.owner)).all())
     served = dict(ledger.run(sa.select(turn.c.owner, turn.c.served_at).where(turn.c.owner.in_([r.owner for r in rows]))).all())

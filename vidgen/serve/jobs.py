@@ -179,11 +179,16 @@ class Jobs(_House):
         with self.writing() as ledger:
             return requests.cancel(ledger, job_id, owner)
 
-    def retry(self, job_id: str, owner: str | None = None, most_queued: int | None = None) -> Job:
-        "A new job that asks for the same as one that failed, expired or was canceled. Errors: NotFound, Conflict, QueueFull, Unavailable."
+    def retry(self, job_id: str, owner: str | None = None, **how) -> Job:
+        "A new job that asks for the same as one that failed, expired or was canceled; in a batch it takes the old one's place. `how`: see `requests.retry`. Errors: NotFound, Conflict, QueueFull, Unavailable."
         storage.refuse_full(self)
         with self.writing() as ledger:
-            return requests.retry(ledger, job_id, owner, most_queued)
+            return requests.retry(ledger, job_id, owner, **how)
+
+    def known(self, owner: str, keys: list[str], said: str) -> list[Job]:
+        "The jobs that idempotency keys stand for; see `requests.known`. Errors: Conflict when one is another request."
+        with self.reading() as ledger:
+            return requests.known(ledger, owner, keys, said)
 
     def delete(self, job_id: str, owner: str | None = None) -> None:
         "Forget an ended job, its events and files. Errors: NotFound, Conflict while it is queued or running."

@@ -98,7 +98,7 @@ def expire(jobs) -> int:
     ended = 0
     with jobs.writing() as ledger:
         job = ledger.t.job
-        for row in _waiting(ledger, job.c.expires_at <= ledger.now):
+        for row in _waiting(ledger, job.c.expires_at <= ledger.now, job.c.started_at.is_(None)):
             ended += end(ledger, row, "expired", {"code": "expired", "message": "it waited longer than it was to"}, job.c.state == "queued")
         _fail_too_large(ledger)
         return ended + stop(ledger)

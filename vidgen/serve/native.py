@@ -17,7 +17,7 @@ from typing import Annotated, ClassVar, Literal
 from . import progress
 from .guard import Problem, redrawn
 from .records import STATES, Job, NotFound
-from .service import MOST_BATCH, Bound, Generation, Service, artifact, preference, send_file, wait
+from .service import MOST_BATCH, Bound, Generation, Service, artifact, key_header, preference, send_file, wait
 
 # %% ../../nbs/70_serve/784_native.ipynb #0cebbcf9
 @dataclass
@@ -121,18 +121,18 @@ def _submitting(api, service: Service) -> None:
 
     from vidgen.serve.api import may
 
-    Submitter, some = may(service, "submit"), CapacityLimiter(WRITERS)
+    Submitter, Key, some = may(service, "submit"), key_header(), CapacityLimiter(WRITERS)
 
     async def accept(*args, **how):
         return await to_thread.run_sync(partial(service.accept, *args, **how), limiter=some)
 
     @api.post("/jobs", status_code=202, summary="Ask for a clip")
-    async def submit(body: Submit, who: Submitter, response: Response, idempotency_key: Annotated[str | None, Header(min_length=1, max_length=200)] = None,
+    async def submit(body: Submit, who: Submitter, response: Response, key: Key = None,
                      prefer: Annotated[str, Header(max_length=200)] = "", cancel_after: Annotated[int | None, Header(ge=SHORTEST, le=LONGEST)] = None) -> JobView:
         "Accepted means committed: the job survives whatever happens next. `Prefer: wait=10` waits up to ten seconds for its end; `Cancel-After: 60` stops it, waiting or running, after a minute."
         if (body.kind == "generate") != isinstance(body.spec, Generation):
             raise Problem(422, "bad_request", f"this is no spec of a job of the kind {body.kind}")
-        job = await accept(who, body.spec.spec(), kind=body.kind, key=idempotency_key, priority=body.priority, expires_in=body.expires_in, cancel_after=cancel_after)
+        job = await accept(who, body.spec.spec(), kind=body.kind, key=key, priority=body.priority, expires_in=body.expires_in, cancel_after=cancel_after)
         response.headers["Location"] = f"/v1/jobs/{job.id}"
         return seen(await wait(service.jobs, job, preference(prefer, 0, service.settings.serve.wait)))
 
@@ -142,7 +142,7 @@ def _changing(api, service: Service) -> None:
 
     from vidgen.serve.api import may
 
-    Submitter = may(service, "submit")
+    Submitter, Key = may(service, "submit"), key_header()
 
     @api.post("/jobs/{job_id}/cancel", summary="Stop a job")
     def cancel(job_id: str, who: Submitter) -> JobView:
@@ -150,9 +150,9 @@ def _changing(api, service: Service) -> None:
         return seen(service.jobs.cancel(job_id, who.owner))
 
     @api.post("/jobs/{job_id}/retry", status_code=202, summary="Ask again for what failed")
-    def retry(job_id: str, who: Submitter) -> JobView:
-        "A new job with the same spec."
-        return seen(service.again(who, job_id))
+    def retry(job_id: str, who: Submitter, key: Key = None) -> JobView:
+        "A new job with the same spec; in a batch it takes the old one's place."
+        return seen(service.again(who, job_id, key=key))
 
     @api.delete("/jobs/{job_id}", status_code=204, summary="Forget an ended job")
     def delete(job_id: str, who: Submitter) -> Response:
@@ -339,11 +339,11 @@ class BatchView:
 
 
 def batch_jobs(service: Service, who, batch: str) -> list[Job]:
-    "The jobs of a batch in order. Errors: Problem 404."
+    "The jobs of a batch in order, what was asked for again where it was asked for first. Errors: Problem 404."
     jobs = service.jobs.list(who.owner, batch=batch, limit=1000, newest_first=False)
     if not jobs:
         raise Problem(404, "not_found", f"there is no batch {batch[:40]}")
-    return jobs
+    return sorted(jobs, key=lambda j: (j.place or 0, j.id))
 
 
 def _batch_view(jobs: list[Job]) -> BatchView:
@@ -351,19 +351,18 @@ def _batch_view(jobs: list[Job]) -> BatchView:
 
 # %% ../../nbs/70_serve/784_native.ipynb #ebe5f2c9
 def _batches(api, service: Service) -> None:
-    from fastapi import Header
     from fastapi.responses import StreamingResponse
 
     from vidgen.serve import bundle
     from vidgen.serve.api import may
 
-    Reader, Submitter = may(service, "read"), may(service, "submit")
+    Reader, Submitter, Key = may(service, "read"), may(service, "submit"), key_header()
 
     @api.post("/batches", status_code=202, summary="Ask for several clips")
-    def submit(body: SubmitMany, who: Submitter, idempotency_key: Annotated[str | None, Header(min_length=1, max_length=200)] = None) -> BatchView:
+    def submit(body: SubmitMany, who: Submitter, key: Key = None) -> BatchView:
         "Accepted whole, or not at all."
         specs = [one.spec() for one in body.specs]
-        jobs = service.accept_all(who, specs, key=idempotency_key, places=True, priority=body.priority, expires_in=body.expires_in)
+        jobs = service.accept_all(who, specs, key=key, places=True, priority=body.priority, expires_in=body.expires_in)
         return _batch_view(jobs)
 
     @api.get("/batches/{batch_id}", summary="A batch")

@@ -22,7 +22,7 @@ from typing import Annotated, ClassVar, Literal
 from ..errors import unknown
 from .guard import Problem, fetch, redrawn
 from .records import Job, NotFound
-from .service import Bound, Prompted, Service, Text, _default_model, artifact, body, checked, documented, gone, known, model, send_file, upload, wait
+from .service import Bound, Prompted, Service, Text, _default_model, artifact, body, checked, documented, gone, key_header, known, model, send_file, upload, wait
 from .storage import tiers
 
 # %% ../../nbs/70_serve/786_openai.ipynb #8da8ed0e
@@ -241,15 +241,15 @@ def routes(service: Service):
     return api
 
 
-async def _create(service: Service, who, request) -> Job:
+async def _create(service: Service, who, request, key: str | None) -> Job:
     values, data = await body(request)
     asked = checked(Create, nested(values))
     image = await reference(service, who.owner, asked.input_reference, data)
     spec = asked.spec(_default_model(service.settings.model.name, bool(image))) | image
     try:
-        return await asyncio.to_thread(lambda: service.accept(who, spec, view="openai", key=request.headers.get("idempotency-key") or None))
+        return await asyncio.to_thread(lambda: service.accept(who, spec, view="openai", key=key))
     except Problem as err:
-        err.more |= {"param": "lora"} if err.code == "unknown_adapter" else {}  # by the name it was asked for
+        err.more |= {"param": "lora"} if err.code in ("unknown_adapter", "wrong_adapter") else {}  # by the name it was asked for
         raise
 
 
@@ -259,15 +259,15 @@ def _creating(api, service: Service) -> None:
 
     from vidgen.serve.api import may
 
-    Submitter = may(service, "submit")
+    Submitter, Key = may(service, "submit"), key_header()
 
     @api.post("", summary="Create a video", openapi_extra=documented(Create, file="input_reference"))
-    async def create(request: Request, who: Submitter) -> dict:
-        return seen(await _create(service, who, request))
+    async def create(request: Request, who: Submitter, key: Key = None) -> dict:
+        return seen(await _create(service, who, request, key))
 
     @api.post("/sync", summary="Create a video and wait for its bytes", openapi_extra=documented(Create, file="input_reference"), response_class=FileResponse)
-    async def create_and_wait(request: Request, who: Submitter):
-        job = await wait(service.jobs, await _create(service, who, request), service.settings.serve.wait)
+    async def create_and_wait(request: Request, who: Submitter, key: Key = None):
+        job = await wait(service.jobs, await _create(service, who, request, key), service.settings.serve.wait)
         return await asyncio.to_thread(lambda: send_file(job, _film(service, job), request.headers))
 
 
@@ -307,17 +307,17 @@ def _changing(api, service: Service) -> None:
 
     from vidgen.serve.api import may
 
-    Submitter = may(service, "submit")
+    Submitter, Key = may(service, "submit"), key_header()
 
     @api.post("/{video_id}/remix", summary="The same clip with another prompt")
-    def remix(video_id: str, body: Remix, who: Submitter) -> dict:
+    def remix(video_id: str, body: Remix, who: Submitter, key: Key = None) -> dict:
         old = of(service, video_id, who.owner)
-        return seen(service.accept(who, remixed(old, body.prompt), view=f"openai/{old.id}"))
+        return seen(service.accept(who, remixed(old, body.prompt), key=key, view=f"openai/{old.id}"))
 
     @api.post("/extensions", summary="Go on where a clip ends", openapi_extra=documented(Extend, file="video"))
-    async def extend(request: Request, who: Submitter) -> dict:
+    async def extend(request: Request, who: Submitter, key: Key = None) -> dict:
         values, data = await body(request)
-        asked, key = checked(Extend, _with(values, data)), request.headers.get("idempotency-key") or None
+        asked = checked(Extend, _with(values, data))
         return seen(await asyncio.to_thread(lambda: service.accept(who, extension(service, who.owner, asked, data), view="openai", key=key)))
 
     @api.post("/edits", summary="Not offered: no model here changes a film", openapi_extra=documented(Edit, file="video"))

@@ -16,8 +16,9 @@ from typing import Annotated, Literal
 from .guard import Problem, redrawn
 from .native import batch_jobs
 from .records import Job
+from .requests import AWAITED
 from .score import scored
-from .service import MOST_BATCH, Bound, Frames, Generation, Options, Prompted, Rate, Service, Text, artifact, body, checked, documented, preference, send_file, upload, wait
+from .service import MOST_BATCH, Bound, Frames, Generation, Options, Prompted, Rate, Service, Text, artifact, body, checked, documented, key_header, preference, send_file, upload, wait
 
 # %% ../../nbs/70_serve/785_portal.ipynb #66bf3dfa
 STATUS = {"queued": "pending", "running": "processing", "succeeded": "completed", "failed": "failed", "canceled": "failed", "expired": "failed"}
@@ -52,11 +53,11 @@ def _generate(api, service: Service) -> None:
 
     from vidgen.serve.api import may
 
-    Reader, Submitter = may(service, "read"), may(service, "submit")
+    Reader, Submitter, Key = may(service, "read"), may(service, "submit"), key_header()
 
     @api.post("/generate", tags=["generate"], summary="Ask for a clip")
-    def generate(body: Prompted, who: Submitter) -> dict:
-        job = service.accept(who, body.spec(), view="generate")
+    def generate(body: Prompted, who: Submitter, key: Key = None) -> dict:
+        job = service.accept(who, body.spec(), key=key, view="generate")
         return {"job_id": job.id, "status": "processing"}
 
     @api.get("/status/{job_id}", tags=["generate"], summary="How far it is")
@@ -100,17 +101,17 @@ def _waiting(api, service: Service) -> None:
 
     from vidgen.serve.api import may
 
-    Reader, Submitter = may(service, "read"), may(service, "submit")
+    Reader, Submitter, Key = may(service, "read"), may(service, "submit"), key_header()
 
     @api.post("/generate-video", tags=["generate-video"], summary="Ask for a clip and wait for it", openapi_extra=documented(GenerateVideo, file="image"),
               responses={202: {"description": "not finished yet"}})
-    async def generate_video(request: Request, who: Submitter, prefer: Annotated[str, Header(max_length=200)] = "") -> dict:
+    async def generate_video(request: Request, who: Submitter, prefer: Annotated[str, Header(max_length=200)] = "", key: Key = None) -> dict:
         start, (values, data) = time.monotonic(), await body(request)
         form = not request.headers["content-type"].strip().lower().startswith("application/json")
         spec = spec_of(checked(GenerateVideo, values), form)
         if data is not None:
             spec["image"] = await asyncio.to_thread(upload, service.jobs, await redrawn(data), "image.png", who.owner, "image/png")
-        job = await asyncio.to_thread(lambda: service.accept(who, spec, view="generate-video"))
+        job = await asyncio.to_thread(lambda: service.accept(who, spec, key=key, view=AWAITED if form else "generate-video"))
         job = await wait(service.jobs, job, preference(prefer, service.settings.serve.wait, service.settings.serve.wait))
         if not job.ended:
             return JSONResponse({"job_id": job.id, "status": STATUS[job.state], "status_url": f"{base(request)}/status/{job.id}"}, 202, {"Location": f"/status/{job.id}"})
@@ -171,11 +172,11 @@ def portal_status(job: Job) -> dict:
 def _portal(api, service: Service) -> None:
     from vidgen.serve.api import may
 
-    Reader, Submitter = may(service, "read"), may(service, "submit")
+    Reader, Submitter, Key = may(service, "read"), may(service, "submit"), key_header()
 
     @api.post("/api/video/single_inference", tags=["portal"], summary="Ask for a clip")
-    def single(body: Prompted, who: Submitter) -> dict:
-        job = service.accept(who, body.spec(), view="portal", expires_in=service.settings.serve.portal_expires or None)
+    def single(body: Prompted, who: Submitter, key: Key = None) -> dict:
+        job = service.accept(who, body.spec(), key=key, view="portal", expires_in=service.settings.serve.portal_expires or None)
         return {"job_id": job.id, "status": PORTAL[job.state], "message": "accepted"}
 
     @api.get("/api/video/status/{job_id}", tags=["portal"], summary="How far it is")
@@ -200,11 +201,11 @@ def _batches(api, service: Service) -> None:
     from vidgen.serve import bundle
     from vidgen.serve.api import may
 
-    Reader, Submitter = may(service, "read"), may(service, "submit")
+    Reader, Submitter, Key = may(service, "read"), may(service, "submit"), key_header()
 
     @api.post("/api/video/batch_inference", tags=["portal"], summary="Ask for several clips")
-    def batch(body: Many, who: Submitter) -> dict:
-        jobs = service.accept_all(who, body.specs(), places=True, view="portal", expires_in=service.settings.serve.portal_expires or None)
+    def batch(body: Many, who: Submitter, key: Key = None) -> dict:
+        jobs = service.accept_all(who, body.specs(), key=key, places=True, view="portal", expires_in=service.settings.serve.portal_expires or None)
         return {"batch_id": jobs[0].batch, "jobs": [portal_status(j) for j in jobs]}
 
     @api.get("/api/video/batch_status/{batch_id}", tags=["portal"], summary="How far they are")

@@ -25,6 +25,7 @@ from email.utils import parsedate_to_datetime
 from ..errors import Canceled, CorruptWeights, DoesNotFit
 from ..progress import Cancel
 from . import measures, storage
+from .choose import PATIENCE
 from .guard import without_folders
 from .jobs import Jobs
 from .kinds import Work, kind, learn, tell
@@ -225,6 +226,12 @@ class _Slot:
             asked = t.select().where(t.c.state == "queued", t.c.not_before <= ledger.now, t.c.priority > above, *(t.c[name] == value for name, value in where.items()))
             return ledger.run(asked.limit(1)).first() is not None
 
+    def wanted(self, job) -> bool:
+        "Must this job, which nobody waits for, leave the slot? Not when it is overdue, for it would be begun anew each time and never end."
+        with self.jobs.reading() as ledger:
+            overdue = job.created_at < ledger.now - PATIENCE
+        return not overdue and self.waiting(LAST)
+
 # %% ../../nbs/70_serve/75_worker.ipynb #b3eb9020
 _log = logging.getLogger("vidgen.serve.worker")
 
@@ -238,7 +245,7 @@ class _Doing(_Slot):
         if self.stop.is_set():
             self.cancel.cancel("drained")
         last = claim.job.priority <= LAST  # nobody waits for it, so it leaves when somebody waits for the slot
-        keeper = Keeper(claim, self.cancel, self.beat, wanted=(lambda: self.waiting(LAST)) if last else None)
+        keeper = Keeper(claim, self.cancel, self.beat, wanted=(lambda: self.wanted(claim.job)) if last else None)
         with ExitStack() as kept:
             kept.enter_context(keeper)
             rest = self.carefully(claim, keeper, lambda: self.work(claim, keeper))
