@@ -245,7 +245,8 @@ function show(id) {
   const before = shown;
   shown = id;
   $("forget").textContent = "Delete";
-  $("download").removeAttribute("href");  // it was the former clip's
+  // until this film is here, Download must not give the former one
+  $("download").removeAttribute("href");
   if (before && before !== id && jobs.has(before)) draw(before);
   $("player").hidden = $("preview").hidden = true;
   $("player").removeAttribute("src");
