@@ -228,7 +228,7 @@ def test_what_may_pass_is_tried_three_times(here):
 
 @pytest.fixture
 def upstream():
-    "A server on loopback that answers as it is told: (status, headers) one after the other, the last one for ever."
+    "A server on loopback that answers as it is told: (status, headers) one after the other, the last one for ever; seconds in a header become a date."
     script, asked = [], []
 
     class Handler(BaseHTTPRequestHandler):
@@ -237,7 +237,7 @@ def upstream():
             asked.append(self.path)
             self.send_response(status)
             for name, value in (headers | {"Content-Length": "4"}).items():
-                self.send_header(name, value)
+                self.send_header(name, formatdate(time.time() + value, usegmt=True) if isinstance(value, float) else value)
             self.end_headers()
             self.wfile.write(b"done")
 
@@ -255,7 +255,7 @@ def upstream():
     ([(500, {}), (500, {}), (200, {})], 3, "succeeded", [(0, 2), (0, 4)]),
     ([(429, {"Retry-After": "7"}), (200, {})], 2, "succeeded", [(7, 7)]),
     ([(503, {"Retry-After": "Wed, 21 Oct 2015 07:28:00 GMT"}), (200, {})], 2, "succeeded", [(0, 0)]),
-    ([(503, {"Retry-After": formatdate(time.time() + 500, usegmt=True)}), (200, {})], 2, "succeeded", [(300, 500)]),
+    ([(503, {"Retry-After": 500.0}), (200, {})], 2, "succeeded", [(490, 500)]),
     ([(503, {"Retry-After": "soon"}), (200, {})], 2, "succeeded", [(0, 2)]),
     ([(500, {})], 3, "failed", [(0, 2), (0, 4)]),
     ([(404, {})], 1, "failed", []),
