@@ -141,7 +141,7 @@ def smoke_run(notebook, runs):
     call("python", "-c", code, notebook.parent, mend=f"`vidgen sweep experiments/{notebook.parent.name} --preset smoke` runs it alone.", quiet=True,
          VIDGEN_STORAGE_RUNS=runs, VIDGEN_STORAGE_ROOT=f"{runs}/files")
     seconds = time.perf_counter() - start
-    print(f"{notebook.parent.name}: {seconds:.1f} s" + (" (a smoke run should stay under 20 s)" if seconds > 20 else ""), flush=True)
+    print(f"{notebook.parent.name}: {seconds:.1f} s" + (" beside another; alone it should stay under 20 s" if seconds > 20 else ""), flush=True)
 
 
 def smoke():
