@@ -144,12 +144,13 @@ def test_the_metrics_that_dashboards_of_pipelines_expect(service, tmp_path, monk
     assert http.get("/health").json()["gpu_usage"] == 92
 
 
-def test_health_counts_what_clients_asked_for_and_names_the_device(service):
+@pytest.mark.parametrize("view", ["", "form"])
+def test_health_counts_what_clients_asked_for_and_names_the_device(service, view):
     from vidgen.serve import requests
 
     http = client(service)
     assert http.get("/health").json()["device"] == "none"
-    job = service.jobs.submit("noop", {})
+    job = service.jobs.submit("noop", {}, view=view)
     finish(service)
     with service.jobs.writing() as ledger:
         for kind in ("score", "noop", "three"):
@@ -162,6 +163,8 @@ def test_health_counts_what_clients_asked_for_and_names_the_device(service):
     take(service)
     found = http.get("/health").json()
     assert (found["completed_jobs"], found["failed_jobs"], found["active_jobs"], found["queue_depth"]) == (1, 0, 0, 0)
+    told = http.get("/metrics").text
+    assert "active_pipelines_count 0.0" in told and "pipeline_success_rate 1.0" in told
     assert found["device"] == "cuda:0, cuda:1"
 
 

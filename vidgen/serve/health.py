@@ -24,7 +24,7 @@ from ..errors import need
 from . import measures
 from .choose import ALIVE
 from .measures import counted, counters
-from .requests import LAST
+from .requests import of_clients
 from .service import Service
 from ..store import atomic_write
 
@@ -179,7 +179,7 @@ class Table(_Machine):
         sa = need("sqlalchemy", "serve")
         with self.service.jobs.reading() as ledger:
             t = ledger.t.job.c
-            mine = sa.select(t.state, sa.func.count()).where(t.priority > LAST).group_by(t.state)
+            mine = sa.select(t.state, sa.func.count()).where(of_clients(ledger.t.job)).group_by(t.state)
             running = dict(ledger.run(mine.where(t.state == "running")).all())
             ended = dict(ledger.run(mine.where(t.state.in_(("succeeded", "failed")), t.finished_at > ledger.now - LATELY)).all())
         yield Gauge("active_pipelines_count", "Jobs of clients that run.", value=running.get("running", 0))

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ..errors import need, unknown
 from .ledger import Ledger, plain
-from .requests import LAST
+from .requests import of_clients
 from .records import STATES, Artifact, Event, Job, NotFound, record
 
 # %% ../../nbs/70_serve/722_views.ipynb #0b81354e
@@ -64,11 +64,11 @@ def artifact(root: Path, ledger: Ledger, artifact_id: str, owner: str | None = N
 
 
 def counts(ledger: Ledger) -> dict:
-    "See `Jobs.counts`: {states: {state: n}, queued: {priority: n}, oldest: seconds, running: n, workers: n, devices: [name]}. Every state is there. What nobody waits for, such as scores, is left out; `devices` are those the supervisors announce."
+    "See `Jobs.counts`: {states: {state: n}, queued: {priority: n}, oldest: seconds, running: n, workers: n, devices: [name]}. Every state is there. What the service asks of itself, such as scores, is left out; `devices` are those the supervisors announce."
     sa, t = need("sqlalchemy", "serve"), ledger.t
-    job, count = t.job.c, sa.func.count()
-    states = dict.fromkeys(STATES, 0) | dict(ledger.run(sa.select(job.state, count).where(job.priority > LAST).group_by(job.state)).all())
-    waits = (job.state == "queued", job.priority > LAST)
+    job, count, mine = t.job.c, sa.func.count(), of_clients(t.job)
+    states = dict.fromkeys(STATES, 0) | dict(ledger.run(sa.select(job.state, count).where(mine).group_by(job.state)).all())
+    waits = (job.state == "queued", mine)
     queued = dict(ledger.run(sa.select(job.priority, count).where(*waits).group_by(job.priority)).all())
     oldest = ledger.run(sa.select(sa.func.min(job.created_at)).where(*waits, job.not_before <= ledger.now)).scalar()
     workers = ledger.run(sa.select(count).select_from(t.worker).where(t.worker.c.heartbeat > ledger.now - 60)).scalar()

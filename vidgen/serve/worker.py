@@ -149,7 +149,7 @@ def perform(work: Work, stages, then=()) -> Callable[[], object]:
 
     def publish() -> None:
         claim.publish(work.files, found(), then)
-        if claim.job.priority > LAST:
+        if not claim.job.owner.startswith(":"):
             measures.executed(claim.job.kind, time.perf_counter() - begun)
 
     return publish
